@@ -1,0 +1,121 @@
+// Package overlay is the contract between the router, which decides over
+// which path each peer is reached, and the data paths that carry the frames.
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"weave.local/peer"
+)
+
+// Names of the data paths, as status shows them.
+const (
+	FastDP = "fastdp"
+	Sleeve = "sleeve"
+)
+
+// MAC is an Ethernet address.
+type MAC [6]byte
+
+// String writes the address as six lower-case octets.
+func (m MAC) String() string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
+
+// Endpoint is an Ethernet address on the overlay with its IP addresses. Each
+// address carries the length of its subnet; two endpoints may exchange frames
+// only if they have a subnet (the masked prefix) in common.
+type Endpoint struct {
+	MAC   MAC
+	Addrs []netip.Prefix
+	Peer  peer.ShortID // the peer it is on
+}
+
+// Port is a local endpoint: the host side of a container's veth pair or, for
+// the exposed host, the bridge itself.
+type Port struct {
+	IfIndex int    // of the host-side device, in the daemon's namespace
+	IfName  string // for messages
+	Endpoint
+}
+
+// Neighbour is a peer to which there is a live control link, and so a peer to
+// which a datagram may be sent directly.
+type Neighbour struct {
+	peer.Info
+	Local   netip.Addr // underlay address of this end of the link
+	Remote  netip.Addr // underlay address of the other end
+	Session uint64     // random, known to both ends of the link only
+}
+
+// Hop says how to reach a destination: hand the frame to neighbour Via on the
+// named path.
+type Hop struct {
+	Via  peer.ShortID
+	Path string // FastDP or Sleeve
+}
+
+// Tree is this peer's place in the broadcast tree of one source.
+type Tree struct {
+	Parent   peer.ShortID   // the only neighbour a flooded frame is accepted from; 0 when this peer is the source
+	Children []peer.ShortID // neighbours a flooded frame goes on to
+}
+
+// Forwarding is the whole desired state of the data paths. It is applied as
+// one value: what it does not name is removed.
+type Forwarding struct {
+	Self       peer.ShortID
+	Neighbours []Neighbour
+	Hops       map[peer.ShortID]Hop  // by destination; also holds each neighbour itself
+	Trees      map[peer.ShortID]Tree // by source, Self included
+	Endpoints  []Endpoint            // announced by other peers
+}
+
+// ProbeFunc is told of each probe that arrives over a data path: the path's
+// name, the neighbour it came from, the sender's token and the frame size it
+// proves. It must not block.
+type ProbeFunc func(path string, from peer.ShortID, token uint64, size int)
+
+// Overlay is a data path. Its methods may be called from several goroutines.
+type Overlay interface {
+	// Name is FastDP or Sleeve.
+	Name() string
+	// Apply makes the path carry frames as f says. On error the path keeps
+	// what it could do and Apply may be called again.
+	Apply(f Forwarding) error
+	// MTU is the largest IP packet, in bytes, that the path could carry to
+	// a neighbour judging by the underlay device it leaves through; 0 when
+	// the neighbour is unknown.
+	MTU(to peer.ShortID) int
+	// Probe sends one probe over the very path that frames take: a frame as
+	// large as one that carries an IP packet of size bytes, never
+	// fragmented on the way. A path that knows it to be too large returns a
+	// *TooBigError.
+	Probe(to peer.ShortID, token uint64, size int) error
+	// Run serves until ctx ends. State in the kernel outlives it.
+	Run(ctx context.Context) error
+}
+
+// Switch is the data path that also owns the bridge's ports and enforces
+// isolation on them.
+type Switch interface {
+	Overlay
+	// SetPort adds a local port or replaces what is known of it.
+	SetPort(p Port) error
+	// RemovePort forgets a port; a device that is gone already is no error.
+	RemovePort(ifIndex int) error
+	// Counters returns frames counted by event, under stable names.
+	Counters() (map[string]uint64, error)
+}
+
+// TooBigError says that a probe exceeds what the underlay carries.
+type TooBigError struct {
+	MTU int // largest IP packet inside that would fit, in bytes; 0 if not known
+}
+
+// Error names the size that would fit.
+func (e *TooBigError) Error() string {
+	return fmt.Sprintf("larger than the path carries (%d bytes fit)", e.MTU)
+}

@@ -1,0 +1,163 @@
+package sleeve
+
+import (
+	"errors"
+	"os"
+	"sync/atomic"
+
+	"weave.local/router/frame"
+	"weave.local/router/overlay"
+)
+
+// frameWriter is where the receiver puts frames: the TAP.
+type frameWriter interface {
+	// writeFrame writes one frame that lies in parts, and keeps none of it.
+	writeFrame(parts [][]byte) error
+}
+
+// receiver takes datagrams from the socket to the TAP. Pieces of a super-frame
+// that come one after the other are joined where they lie in the receive
+// buffers, so that flush must be called before these are used again.
+type receiver struct {
+	table   *atomic.Pointer[table]
+	count   *counters
+	onProbe overlay.ProbeFunc
+	sock    *socket
+	out     frameWriter
+
+	run   run
+	frags reassembly
+	front [tapOverhead + frame.AddrsLen]byte
+	parts [2][]byte
+}
+
+func (p *Path) newReceiver() *receiver {
+	r := &receiver{table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap}
+	r.frags.incomplete = &p.count.incomplete
+	return r
+}
+
+// serve runs until the socket is closed.
+func (r *receiver) serve() error {
+	for {
+		n, err := r.sock.receive()
+		if err != nil {
+			return err
+		}
+		for i := range n {
+			data, seg := r.sock.message(i)
+			for ; len(data) > seg; data = data[seg:] {
+				if err := r.datagram(data[:seg]); err != nil {
+					return err
+				}
+			}
+			if err := r.datagram(data); err != nil {
+				return err
+			}
+		}
+		if err := r.flush(); err != nil {
+			return err
+		}
+	}
+}
+
+// datagram takes one datagram. The error is that of a closed TAP; what a
+// datagram says wrong is only counted.
+func (r *receiver) datagram(d []byte) error {
+	r.count.datagramsIn.Add(1)
+	t := r.table.Load()
+	n := t.open(d)
+	if n == nil {
+		r.count.unknownSender.Add(1)
+		return nil
+	}
+	var h header
+	if !h.parse(d) {
+		r.count.malformed.Add(1)
+		return nil
+	}
+	if h.kind == kindProbe {
+		r.probe(t, n, &h, d)
+		return nil
+	}
+	if h.src == t.self {
+		r.count.ownFrame.Add(1)
+		return nil
+	}
+	if h.flood {
+		if t.trees[h.src].parent != n {
+			r.count.wrongParent.Add(1)
+			return nil
+		}
+		h.dst = t.self
+	}
+	return r.piece(n, &h, d[headerLen:])
+}
+
+func (r *receiver) piece(n *neighbour, h *header, body []byte) error {
+	if h.kind == kindSegment {
+		if r.run.takes(n, h, body) {
+			r.run.add(h, body)
+		} else {
+			if err := r.flush(); err != nil {
+				return err
+			}
+			r.run.begin(n, h, body)
+		}
+		if h.last {
+			return r.flush()
+		}
+		return nil
+	}
+	// What came before goes out before, so that a flow stays in order.
+	if err := r.flush(); err != nil {
+		return err
+	}
+	if h.kind == kindFrame {
+		return r.whole(h, body)
+	}
+	if s := r.frags.add(n, h, body); s != nil {
+		defer s.reset()
+		return r.whole(&s.header, s.buf[:s.total])
+	}
+	return nil
+}
+
+// whole writes one whole frame.
+func (r *receiver) whole(h *header, data []byte) error {
+	if len(data) < frame.EthernetLen || !h.coverageWithin(len(data)) {
+		r.count.malformed.Add(1)
+		return nil
+	}
+	putTapHeader(r.front[:], h, data, len(data))
+	r.parts[0], r.parts[1] = r.front[:], data[frame.AddrsLen:]
+	return r.write(r.parts[:])
+}
+
+// flush writes the frame that the open run makes.
+func (r *receiver) flush() error {
+	if r.run.from == nil {
+		return nil
+	}
+	parts, ok := r.run.finish()
+	if !ok {
+		r.count.incomplete.Add(1)
+		return nil
+	}
+	return r.write(parts)
+}
+
+// write hands a frame to the TAP. The kernel refuses what makes no sense to it,
+// as when offsets point outside of the headers they should.
+func (r *receiver) write(parts [][]byte) error {
+	err := r.out.writeFrame(parts)
+	switch {
+	case err == nil:
+		r.count.framesIn.Add(1)
+	case errors.Is(err, os.ErrClosed):
+		return err
+	default:
+		r.count.tapRefused.Add(1)
+	}
+	return nil
+}

@@ -1,0 +1,149 @@
+package sleeve
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync/atomic"
+
+	"weave.local/peer"
+	"weave.local/router/frame"
+	"weave.local/router/overlay"
+)
+
+// fallbackMTU is taken for the path while no route to a neighbour is known:
+// what every IPv6 link carries.
+const fallbackMTU = 1280
+
+// neighbour is a peer datagrams are exchanged with. Its identity stays as
+// made; plain and the numbers of groups belong to the sender's goroutine.
+type neighbour struct {
+	id       peer.ShortID
+	name     peer.Name
+	session  uint64
+	addr     netip.AddrPort
+	sockaddr sockaddr
+	overhead int // of IP and UDP header, in bytes
+
+	pathMTU atomic.Int32 // of the underlay, in bytes; 0 not known yet
+	plain   bool         // the kernel refuses to cut messages to it (UDP_SEGMENT)
+	// Fragmented frames are counted by themselves: the receiver tells by the
+	// numbers which ones are overdue.
+	segmented, fragmented uint16
+}
+
+// maxDatagram is the largest payload of a datagram that the path carries.
+func (n *neighbour) maxDatagram() int {
+	mtu := int(n.pathMTU.Load())
+	if mtu == 0 {
+		mtu = fallbackMTU
+	}
+	return min(mtu-n.overhead, maxDatagram)
+}
+
+// maxPacket is the largest IP packet whose frame fits one datagram.
+func (n *neighbour) maxPacket() int {
+	return max(n.maxDatagram()-headerLen-frame.EthernetLen, 0)
+}
+
+// ids is one more than the largest short id, for arrays indexed by it.
+const ids = int(peer.MaxShortID) + 1
+
+// table is what the two goroutines go by; it never changes once it is stored.
+type table struct {
+	self       peer.ShortID
+	neighbours [ids]*neighbour
+	hops       [ids]*neighbour      // next hop by destination; nil: not by sleeve
+	trees      map[peer.ShortID]leg // by source
+}
+
+// leg is our place in the broadcast tree of a source.
+type leg struct {
+	parent   *neighbour
+	children []*neighbour // only those reached by sleeve
+}
+
+func (t *table) neighbour(id peer.ShortID) *neighbour {
+	if int(id) >= ids {
+		return nil
+	}
+	return t.neighbours[id]
+}
+
+// Apply makes f the state of the path. What it says of others than sleeve is
+// left out. A neighbour that cannot be served is named in the error; the rest
+// is applied all the same.
+func (p *Path) Apply(f overlay.Forwarding) error {
+	p.applyMu.Lock()
+	t, err := p.table.Load().next(f, p.sock.ipv4)
+	p.table.Store(t)
+	p.applyMu.Unlock()
+	for i := range f.Neighbours {
+		if n := t.neighbour(f.Neighbours[i].ShortID); n != nil {
+			p.refreshMTU(n)
+		}
+	}
+	return err
+}
+
+// next builds the table for f, keeping the neighbours of t that are still the
+// same.
+func (t *table) next(f overlay.Forwarding, ipv4 bool) (*table, error) {
+	out := &table{self: f.Self, trees: make(map[peer.ShortID]leg, len(f.Trees))}
+	var errs []error
+	for i := range f.Neighbours {
+		id := f.Neighbours[i].ShortID
+		if id == 0 || id > peer.MaxShortID {
+			errs = append(errs, fmt.Errorf("peer %s: short id %d is not in 1 to %d", f.Neighbours[i].Info, id, peer.MaxShortID))
+			continue
+		}
+		n, err := newNeighbour(&f.Neighbours[i], ipv4)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if old := t.neighbours[id]; old != nil && old.same(n) {
+			n = old
+		}
+		out.neighbours[id] = n
+	}
+	for dst, hop := range f.Hops {
+		if hop.Path == overlay.Sleeve && dst <= peer.MaxShortID {
+			out.hops[dst] = out.neighbour(hop.Via)
+		}
+	}
+	for src, tree := range f.Trees {
+		l := leg{parent: out.neighbour(tree.Parent)}
+		for _, child := range tree.Children {
+			if n := out.neighbour(child); n != nil && f.Hops[child].Path == overlay.Sleeve {
+				l.children = append(l.children, n)
+			}
+		}
+		out.trees[src] = l
+	}
+	return out, errors.Join(errs...)
+}
+
+func newNeighbour(from *overlay.Neighbour, ipv4 bool) (*neighbour, error) {
+	addr := from.Remote.Unmap()
+	n := &neighbour{
+		id:       from.ShortID,
+		name:     from.Name,
+		session:  from.Session,
+		addr:     netip.AddrPortFrom(addr, from.Port),
+		overhead: ipv4Overhead,
+	}
+	if addr.Is6() {
+		n.overhead = ipv6Overhead
+	}
+	var err error
+	if n.sockaddr, err = newSockaddr(n.addr, ipv4); err != nil {
+		return nil, fmt.Errorf("peer %s: %w", from.Info, err)
+	}
+	return n, nil
+}
+
+// same says whether o stands for the same run of the same peer.
+func (n *neighbour) same(o *neighbour) bool {
+	return n.id == o.id && n.name == o.name && n.session == o.session && n.addr == o.addr
+}

@@ -1,0 +1,179 @@
+package sleeve
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// What the TAP may leave to us (TUN_F_*, linux/if_tun.h).
+const (
+	tunCsum   = 0x01
+	tunTSO4   = 0x02
+	tunTSO6   = 0x04
+	tunTSOECN = 0x08
+	tunUSO4   = 0x20
+	tunUSO6   = 0x40
+
+	tunTCP = tunCsum | tunTSO4 | tunTSO6 | tunTSOECN
+	tunUDP = tunUSO4 | tunUSO6 // since Linux 6.2
+)
+
+const (
+	// tapMTU is the largest the kernel allows a TAP: 64 KiB less an Ethernet
+	// header. Which packets are too large is decided before they get here.
+	tapMTU = 65535 - 14
+	// tapQueue is the number of frames that wait for us in the kernel, each
+	// up to 64 KiB.
+	tapQueue = 512
+	// maxParts bounds the pieces of one frame written to the TAP; the kernel
+	// takes 1024.
+	maxParts = 258
+)
+
+// tap is the TAP device. Reads are for one goroutine, writes for another.
+type tap struct {
+	file    *os.File
+	conn    syscall.RawConn
+	readFn  func(uintptr) bool
+	readBuf []byte
+	wait    bool
+	readLen int
+	readErr error
+	writeFn func(uintptr) bool
+	iov     [maxParts]unix.Iovec
+	parts   int
+	writErr syscall.Errno
+}
+
+// openTap makes the device and brings it up, in the namespace of the calling
+// thread.
+func openTap(name string, log *slog.Logger) (*tap, error) {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("opening /dev/net/tun, which the TAP device %s needs: %w", name, err)
+	}
+	if err := setUpTap(fd, name, log); err != nil {
+		return nil, errors.Join(fmt.Errorf("TAP device %s: %w", name, err), unix.Close(fd))
+	}
+	// Only now may the runtime poll the descriptor: before it has a device
+	// it polls as an error.
+	t := &tap{file: os.NewFile(uintptr(fd), "/dev/net/tun")}
+	if t.conn, err = t.file.SyscallConn(); err != nil {
+		return nil, errors.Join(fmt.Errorf("TAP device %s: %w", name, err), t.file.Close())
+	}
+	t.readFn, t.writeFn = t.tryRead, t.tryWrite
+	return t, nil
+}
+
+func setUpTap(fd int, name string, log *slog.Logger) error {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return fmt.Errorf("name: %w", err)
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	switch err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); {
+	case errors.Is(err, unix.EBUSY):
+		return errors.New("another process holds a device of that name; is another weave running here?")
+	case err != nil:
+		return fmt.Errorf("creating it: %w", err)
+	}
+	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, vnetLen); err != nil {
+		return fmt.Errorf("virtio-net header: %w", err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP|tunUDP); err != nil {
+		if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP); err != nil {
+			return fmt.Errorf("offloads: %w", err)
+		}
+	}
+	// The device is no host's: no address of its own, and no frames about one.
+	path := "/proc/sys/net/ipv6/conf/" + name + "/disable_ipv6"
+	if err := os.WriteFile(path, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		log.Warn("IPv6 stays on at the TAP device; what the kernel sends through it by itself is dropped", "device", name, "error", err)
+	}
+	return raiseTap(name)
+}
+
+// raiseTap sets MTU and queue of the device and brings it up.
+func raiseTap(name string) error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	defer func() { _ = unix.Close(s) }()
+	set := func(request uint, what string, fill func(*unix.Ifreq)) error {
+		ifr, err := unix.NewIfreq(name)
+		if err != nil {
+			return fmt.Errorf("name: %w", err)
+		}
+		fill(ifr)
+		if err := unix.IoctlIfreq(s, request, ifr); err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		return nil
+	}
+	return errors.Join(
+		set(unix.SIOCSIFMTU, "MTU", func(r *unix.Ifreq) { r.SetUint32(tapMTU) }),
+		set(unix.SIOCSIFTXQLEN, "queue length", func(r *unix.Ifreq) { r.SetUint32(tapQueue) }),
+		set(unix.SIOCSIFFLAGS, "bringing it up", func(r *unix.Ifreq) {
+			r.SetUint16(unix.IFF_UP | unix.IFF_NOARP)
+		}),
+	)
+}
+
+func (t *tap) close() error { return t.file.Close() }
+
+// read puts the next frame, behind its virtio-net header, into b. When none is
+// there it waits or, without wait, returns 0.
+func (t *tap) read(b []byte, wait bool) (int, error) {
+	t.readBuf, t.wait = b, wait
+	if err := t.conn.Read(t.readFn); err != nil {
+		return 0, closed(err)
+	}
+	return t.readLen, t.readErr
+}
+
+func (t *tap) tryRead(fd uintptr) bool {
+	for {
+		n, err := unix.Read(int(fd), t.readBuf)
+		switch err {
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			t.readLen, t.readErr = 0, nil
+			return !t.wait
+		}
+		t.readLen, t.readErr = n, os.NewSyscallError("read", err)
+		return true
+	}
+}
+
+// writeFrame writes one frame, its virtio-net header first, that lies in parts.
+func (t *tap) writeFrame(parts [][]byte) error {
+	t.parts = len(parts)
+	for i, p := range parts {
+		t.iov[i].Base = unsafe.SliceData(p)
+		t.iov[i].SetLen(len(p))
+	}
+	if err := t.conn.Write(t.writeFn); err != nil {
+		return closed(err)
+	}
+	if t.writErr != 0 {
+		return t.writErr
+	}
+	return nil
+}
+
+func (t *tap) tryWrite(fd uintptr) bool {
+	for {
+		_, _, t.writErr = unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&t.iov[0])), uintptr(t.parts))
+		if t.writErr != unix.EINTR {
+			return true
+		}
+	}
+}

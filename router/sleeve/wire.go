@@ -1,0 +1,183 @@
+package sleeve
+
+import (
+	"encoding/binary"
+
+	"weave.local/peer"
+	"weave.local/router/frame"
+)
+
+// The outer and the whole header of a datagram, in bytes.
+const (
+	version   = 1
+	outerLen  = 12
+	headerLen = 28
+)
+
+// Kinds of datagrams.
+const (
+	kindFrame    = 1
+	kindSegment  = 2
+	kindFragment = 3
+	kindProbe    = 4
+)
+
+const (
+	// minFragment is the least length of a fragment but the last, so that a
+	// frame has no more than maxFragments of them.
+	minFragment  = 128
+	maxFragments = maxFrame/minFragment + 1
+	// maxFrame is the largest frame carried, in bytes without our tags: a
+	// super-frame of 64 KiB with Ethernet header and a tag.
+	maxFrame = 65536 + frame.EthernetLen + frame.TagLen
+	// maxOffset is the largest offset of a piece that the header can say.
+	maxOffset = 1<<16 - 1
+	// maxDatagram is the largest UDP payload over IPv4.
+	maxDatagram = 65507
+)
+
+// maxHops is the largest hop limit that the tags and the header can say.
+const maxHops = 63
+
+// header is what stands in front of every frame or piece of one.
+type header struct {
+	kind     uint8
+	src, dst peer.ShortID
+	hops     uint8
+	flood    bool
+	group    uint16
+	offset   uint16
+	headLen  uint8 // segments only
+	last     bool
+	offload
+}
+
+// offload is what the virtio-net header says of a frame, counted in bytes from
+// the frame's start without our tags.
+type offload struct {
+	gsoType   uint8
+	gsoSize   uint16
+	partial   bool // the checksum holds the pseudo header's sum only
+	csumStart uint16
+	csumAt    uint8 // from csumStart
+}
+
+// seal makes a datagram of d, whose kind and everything after the outer header
+// are in place: it says who sends it and proves that to n.
+func (n *neighbour) seal(self peer.ShortID, d []byte) {
+	d[0] = version
+	binary.BigEndian.PutUint16(d[2:], uint16(self))
+	binary.BigEndian.PutUint64(d[4:], n.session)
+}
+
+// open finds the neighbour that sealed d; nil when nobody we know did.
+func (t *table) open(d []byte) *neighbour {
+	if len(d) < headerLen || d[0] != version {
+		return nil
+	}
+	n := t.neighbour(peer.ShortID(binary.BigEndian.Uint16(d[2:])))
+	if n == nil || n.session != binary.BigEndian.Uint64(d[4:]) {
+		return nil
+	}
+	return n
+}
+
+// put writes the header into d, but for what seal adds.
+func (h *header) put(d []byte) {
+	way := uint32(h.src)<<20 | uint32(h.dst)<<8 | uint32(h.hops)<<2
+	if h.flood {
+		way |= 2
+	}
+	if h.partial {
+		way |= 1
+	}
+	d[1] = h.kind
+	binary.BigEndian.PutUint32(d[12:], way)
+	binary.BigEndian.PutUint16(d[16:], h.group)
+	binary.BigEndian.PutUint16(d[18:], h.offset)
+	binary.BigEndian.PutUint16(d[20:], h.gsoSize)
+	binary.BigEndian.PutUint16(d[22:], h.csumStart)
+	d[24], d[25], d[26], d[27] = h.csumAt, h.headLen, h.gsoType, 0
+	if h.last {
+		d[27] = 1
+	}
+}
+
+// parse reads the header of d and says whether datagram and header are as the
+// package comment demands.
+func (h *header) parse(d []byte) bool {
+	if len(d) < headerLen || len(d) > maxDatagram || d[27]&^1 != 0 {
+		return false
+	}
+	way := binary.BigEndian.Uint32(d[12:])
+	*h = header{
+		kind:    d[1],
+		src:     peer.ShortID(way >> 20),
+		dst:     peer.ShortID(way >> 8 & 0xfff),
+		hops:    uint8(way >> 2 & maxHops),
+		flood:   way&2 != 0,
+		group:   binary.BigEndian.Uint16(d[16:]),
+		offset:  binary.BigEndian.Uint16(d[18:]),
+		headLen: d[25],
+		last:    d[27] == 1,
+		offload: offload{
+			gsoType:   d[26],
+			gsoSize:   binary.BigEndian.Uint16(d[20:]),
+			partial:   way&1 != 0,
+			csumStart: binary.BigEndian.Uint16(d[22:]),
+			csumAt:    d[24],
+		},
+	}
+	if h.src == 0 || h.src > peer.MaxShortID || h.dst > peer.MaxShortID || h.hops == 0 || h.flood != (h.dst == 0) {
+		return false
+	}
+	if (h.gsoType == gsoNone) != (h.gsoSize == 0) {
+		return false
+	}
+	return h.fits(len(d) - headerLen)
+}
+
+// sameFrame says whether o may be a piece of the same frame as h is.
+func (h *header) sameFrame(o *header) bool {
+	like := *o
+	like.offset, like.last = h.offset, h.last
+	return like == *h
+}
+
+// fits says whether n bytes after the header make sense.
+func (h *header) fits(n int) bool {
+	switch h.kind {
+	case kindFrame:
+		return n >= frame.EthernetLen && h.coverageWithin(n)
+	case kindFragment:
+		return n > 0 && int(h.offset)+n <= maxFrame && (h.last || n >= minFragment)
+	case kindSegment:
+		size := n - int(h.headLen)
+		return h.segmentable() && h.coverageWithin(int(h.headLen)) &&
+			size > 0 && size <= int(h.gsoSize) && (h.last || size == int(h.gsoSize)) &&
+			int(h.headLen)+int(h.offset)+size <= maxFrame
+	case kindProbe:
+		return n >= probeBody
+	}
+	return false
+}
+
+// coverageWithin says whether an incomplete checksum lies in the first n bytes
+// of the frame, behind the Ethernet header.
+func (o *offload) coverageWithin(n int) bool {
+	return !o.partial || o.csumStart >= frame.EthernetLen && int(o.csumStart)+int(o.csumAt)+2 <= n
+}
+
+// segmentable says whether the frame is one that we cut in segments.
+func (o *offload) segmentable() bool {
+	if !o.partial || o.gsoSize == 0 {
+		return false
+	}
+	switch o.gsoType &^ gsoECN {
+	case gsoTCP4, gsoTCP6:
+		return o.csumAt == frame.TCPChecksum
+	case gsoUDP:
+		return o.csumAt == frame.UDPChecksum
+	}
+	return false
+}

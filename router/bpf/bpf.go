@@ -1,0 +1,250 @@
+// Package bpf holds the kernel programs of the fast data path with their
+// maps: the C source, the compiled objects and a typed view of both.
+//
+// The maps and the attachments (links) of the programs are pinned in a BPF
+// file system, so frames flow on while no daemon runs and the next daemon
+// adopts what it finds. Below the pin directory:
+//
+//	maps-<layout>/<map>          <layout> is a hash of all key and value types
+//	links/<ifindex>-<program>    one per device and program (tcx only)
+//
+// The head of weave.bpf.c says what the programs do and what the fields of
+// the maps mean.
+package bpf
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/rlimit"
+)
+
+// Features of the running kernel that the programs make use of; see Config.
+const (
+	FeatureLocalAddr   = 1 << iota // a tunnel key carries the source address
+	FeatureTunnelFlags             // flags of a tunnel key can be read: own errors about oversize frames are recognised
+)
+
+// dirMode keeps the pins to root.
+const dirMode = 0o700
+
+// Objects are the programs and maps, loaded into the kernel. Its methods may
+// be called from several goroutines; it does not order writers.
+type Objects struct {
+	dir      string
+	layout   string
+	fresh    bool
+	features uint32
+	objs     weaveObjects
+
+	Neighbours Table[Addr, Neighbour]
+	Hops       Table[uint16, Hop]
+	Trees      Table[uint16, Tree]
+	Endpoints  Table[MAC, Endpoint]
+	Ports      Table[uint32, Port]
+}
+
+// Open loads the programs with their maps pinned below dir, a BPF file
+// system: maps of the same layout are adopted with their content, else made.
+func Open(dir string) (*Objects, error) {
+	if err := rlimit.RemoveMemlock(); err != nil { // needed before Linux 5.11
+		return nil, fmt.Errorf("memory limit for BPF maps: %w", err)
+	}
+	spec, err := loadWeave()
+	if err != nil {
+		return nil, fmt.Errorf("BPF objects: %w", err)
+	}
+	o := &Objects{dir: dir, layout: "maps-" + layoutHash(spec)}
+	pins := filepath.Join(dir, o.layout)
+	switch err := os.Mkdir(pins, dirMode); {
+	case err == nil:
+		o.fresh = true
+	case !errors.Is(err, os.ErrExist):
+		return nil, fmt.Errorf("directory for pinned maps: %w", err)
+	}
+	for name, m := range spec.Maps {
+		if isOurs(name) {
+			m.Pinning = ebpf.PinByName
+		}
+	}
+	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: pins}}
+	if err := spec.LoadAndAssign(&o.objs, opts); err != nil {
+		return nil, fmt.Errorf("load BPF programs: %w", err)
+	}
+	if o.features, err = o.testFeatures(); err != nil {
+		return nil, errors.Join(err, o.Close())
+	}
+	o.bindTables()
+	return o, nil
+}
+
+// isOurs tells the maps of the C source from the sections of global variables.
+func isOurs(name string) bool { return name[0] != '.' }
+
+// layoutHash names what a pinned map must look like to be of use to these
+// programs: kind and size of all maps, names and places of all fields.
+func layoutHash(spec *ebpf.CollectionSpec) string {
+	h := fnv.New64a()
+	names := make([]string, 0, len(spec.Maps))
+	for name := range spec.Maps {
+		if isOurs(name) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		m := spec.Maps[name]
+		fmt.Fprintf(h, "%s %v %d %d %d %d\n", name, m.Type, m.KeySize, m.ValueSize, m.MaxEntries, m.Flags)
+		writeType(h, m.Key)
+		writeType(h, m.Value)
+	}
+	return fmt.Sprintf("%016x", h.Sum64())
+}
+
+func writeType(h interface{ Write([]byte) (int, error) }, t btf.Type) {
+	switch t := btf.UnderlyingType(t).(type) {
+	case *btf.Struct:
+		for _, m := range t.Members {
+			fmt.Fprintf(h, "%s@%d\n", m.Name, m.Offset)
+			writeType(h, m.Type)
+		}
+	case *btf.Array:
+		fmt.Fprintf(h, "[%d]", t.Nelems)
+		writeType(h, t.Type)
+	case *btf.Int:
+		fmt.Fprintf(h, "%d\n", t.Size)
+	}
+}
+
+// minFrame is the shortest frame that a test run of a program takes, in bytes.
+const minFrame = 64
+
+func (o *Objects) testFeatures() (uint32, error) {
+	have, _, err := o.objs.TestFeatures.Test(make([]byte, minFrame))
+	if err != nil {
+		return 0, fmt.Errorf("find out features of the kernel: %w", err)
+	}
+	return have, nil
+}
+
+// Fresh says that the maps were made by Open and are empty.
+func (o *Objects) Fresh() bool { return o.fresh }
+
+// Features are those Feature bits that this kernel has.
+func (o *Objects) Features() uint32 { return o.features }
+
+// Supersedes says that maps of programs with another layout are pinned beside
+// ours: a daemon of another version was here before, and DropOtherLayouts has
+// not been called since.
+func (o *Objects) Supersedes() (bool, error) {
+	dirs, err := filepath.Glob(filepath.Join(o.dir, "maps-*"))
+	if err != nil {
+		return false, fmt.Errorf("list pinned maps: %w", err)
+	}
+	return len(dirs) > 1, nil
+}
+
+// DropOtherLayouts removes the pinned maps of programs with other layouts. To
+// be called when no such program is attached any more.
+func (o *Objects) DropOtherLayouts() error {
+	dirs, err := filepath.Glob(filepath.Join(o.dir, "maps-*"))
+	if err != nil {
+		return fmt.Errorf("list pinned maps: %w", err)
+	}
+	var errs []error
+	for _, dir := range dirs {
+		if filepath.Base(dir) != o.layout {
+			errs = append(errs, os.RemoveAll(dir))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close lets go of the programs and maps; what is pinned works on.
+func (o *Objects) Close() error {
+	if err := o.objs.Close(); err != nil {
+		return fmt.Errorf("close BPF objects: %w", err)
+	}
+	return nil
+}
+
+// Config is what the programs know of this host.
+type Config struct {
+	Self     uint16 // short id of this peer; 0 while it has none: nothing is sent
+	VXLAN    uint32 // interface index of the VXLAN device
+	TAP      uint32 // interface index of the user-space path's TAP, 0 without
+	Features uint32
+}
+
+// SetConfig replaces the configuration.
+func (o *Objects) SetConfig(c Config) error {
+	v := weaveCfg{Self: uint32(c.Self), VxlanIf: c.VXLAN, TapIf: c.TAP, Flags: c.Features}
+	if err := o.objs.Config.Put(uint32(0), v); err != nil {
+		return fmt.Errorf("BPF configuration: %w", err)
+	}
+	return nil
+}
+
+// Config reads the configuration back; zero before the first SetConfig.
+func (o *Objects) Config() (Config, error) {
+	var v weaveCfg
+	if err := o.objs.Config.Lookup(uint32(0), &v); err != nil {
+		return Config{}, fmt.Errorf("BPF configuration: %w", err)
+	}
+	return Config{Self: uint16(v.Self), VXLAN: v.VxlanIf, TAP: v.TapIf, Features: v.Flags}, nil
+}
+
+// counterNames are the enumerators of enum counter, in order.
+var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never written
+	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu",
+	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
+	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
+	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes",
+}
+
+// Counters returns the number of frames by event since the maps were made:
+//
+//	tx                     to a known address on another peer
+//	rx                     for this host, from another peer
+//	relayed                between two other peers
+//	flooded                to all peers, sent from here
+//	flooded_unknown        of those, unicast to an address nobody announced
+//	rx_flooded             accepted along a broadcast tree
+//	to_sleeve, from_sleeve handed to and taken from the user-space path
+//	probes                 probes taken from neighbours
+//	pmtu                   "too big" errors that the kernel made for senders
+//	dropped_no_path        no way to the destination peer is known
+//	dropped_not_neighbour  from an underlay address that is no neighbour's
+//	dropped_own            claiming to come from this very peer
+//	dropped_hop_limit      relayed too often
+//	dropped_reverse_path   flooded, but not by the parent in the source's tree
+//	dropped_backwards      would go back to where it came from
+//	dropped_spoofed        a container used an address that is not its own
+//	dropped_isolated       sender and receiver share no subnet
+//	dropped_unknown_mac    sender is no endpoint that anybody announced
+//	dropped_unknown_port   a device that was attached but not described
+//	dropped_local          flooded by the bridge though the receiver is local
+//	dropped_malformed      cannot be a frame of the overlay
+//	dropped_send           the kernel refused to send
+//	dropped_probes         probes from strangers, or while the daemon is behind
+func (o *Objects) Counters() (map[string]uint64, error) {
+	out := make(map[string]uint64, len(counterNames))
+	for i, name := range counterNames {
+		var perCPU []uint64
+		if err := o.objs.Counters.Lookup(uint32(i), &perCPU); err != nil {
+			return nil, fmt.Errorf("counter %s: %w", name, err)
+		}
+		var sum uint64
+		for _, n := range perCPU {
+			sum += n
+		}
+		out[name] = sum
+	}
+	return out, nil
+}

@@ -1,0 +1,729 @@
+//go:build ignore
+
+// The kernel part of the fast data path.
+//
+// One VXLAN device in collect-metadata ("external") mode is a port of the
+// bridge that holds the containers. Five programs at the tc hooks of the
+// devices around that bridge do the forwarding; what they do is decided by
+// the maps below, which the daemon fills and which outlive it.
+//
+//	container ── veth ──[port_in ]── bridge ──[vxlan_out]── vxlan ══ underlay
+//	container ── veth ──[port_out]── bridge ──[vxlan_in ]── vxlan ══ underlay
+//	                                    sleeve TAP ──[tap_in]──┘
+//
+// A VXLAN network identifier holds two short ids: source peer in bits 0-11,
+// destination peer in bits 12-23. Destination 0 marks a flooded frame, which
+// follows the broadcast tree of its source: it is accepted from the parent
+// only and goes on to the children. The outer TTL is the hop limit.
+//
+// Towards a peer that VXLAN does not reach, frames leave through the TAP of
+// the user-space path with two VLAN tags that carry the same facts:
+//
+//	S-tag (802.1ad): bits 0-11 source, bits 12-15 hop limit bits 2-5
+//	C-tag (802.1Q):  bits 0-11 destination (0 when flooded),
+//	                 bits 12-13 hop limit bits 0-1, bit 15 flooded
+//
+// A frame with both Ethernet addresses zero is a probe: never forwarded, its
+// token and size are handed to the daemon.
+//
+// Only helpers of Linux 5.10 are used; what came later is found out by
+// test_features and told in cfg.flags.
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+#define SHORT_ID 0xfff
+#define HOP_LIMIT 63 /* the most that the tags of the TAP can say */
+#define MAX_CHILDREN 512
+#define MAX_SHARING 7
+#define MAX_SUBNETS 8
+#define MAX_ADDRS 8
+
+#define MARK_SENT 0x57560001    /* tunnel key is set: vxlan_out lets it pass */
+#define MARK_DELIVER 0x57560002 /* from tap_in: vxlan_in gives it to the bridge */
+
+#define FLAG_LOCAL_ADDR 1   /* the tunnel key has a source address (6.0) */
+#define FLAG_TUNNEL_FLAGS 2 /* BPF_F_TUNINFO_FLAGS is known (6.1) */
+
+/* IP_TUNNEL_NOCACHE_BIT: only bpf_skb_set_tunnel_key sets it, the VXLAN
+ * receiver never does. */
+#define TUNNEL_NOCACHE bpf_htons(0x2000)
+
+#define TAG_FLOODED 0x8000
+
+#define PASS TC_ACT_UNSPEC /* on to other programs, or by default accepted */
+#define DROP TC_ACT_SHOT
+
+struct cfg {
+	__u32 self; /* 0: not known yet */
+	__u32 vxlan_if;
+	__u32 tap_if; /* 0: no TAP */
+	__u32 flags;
+};
+
+/* IPv6, or IPv4 mapped into it; network order */
+struct addr {
+	__u8 b[16];
+};
+
+/* the neighbours behind one underlay address (several behind a NAT) */
+struct neighbour {
+	__u16 n;
+	__u16 id[MAX_SHARING];
+};
+
+enum hop_kind { HOP_VXLAN4 = 1, HOP_VXLAN6, HOP_SLEEVE };
+
+/* how to reach a peer */
+struct hop {
+	__u16 kind;
+	__u16 via; /* the neighbour that takes the frame */
+	__u32 remote[4]; /* IPv4: host order in [0], as the helper wants; */
+	__u32 local[4];  /* IPv6: network order; local may be zero */
+};
+
+/* where flooded frames of one source come from and go to */
+struct tree {
+	__u16 parent; /* 0: this peer is the source */
+	__u16 n;
+	__u16 child[MAX_CHILDREN];
+};
+
+struct mac {
+	__u8 b[6];
+	__u8 pad[2];
+};
+
+/* subnets as numbers; the list ends at the first 0 */
+struct subnets {
+	__u64 key[MAX_SUBNETS];
+};
+
+struct endpoint {
+	__u16 peer; /* 0: on this host */
+	__u16 pad[3];
+	struct subnets subnets;
+};
+
+/* a device of this host and what may be sent from it */
+struct port {
+	__u8 mac[6];
+	__u16 n_addrs;
+	struct subnets subnets;
+	struct addr addrs[MAX_ADDRS];
+};
+
+/* a probe that arrived */
+struct event {
+	__u64 token;
+	__u32 size; /* of the IP packet that would fit, in bytes */
+	__u16 from;
+	__u16 pad;
+};
+
+/* names in the daemon are these in lower case, without the prefix */
+enum counter {
+	COUNT_TX,
+	COUNT_RX,
+	COUNT_RELAYED,
+	COUNT_FLOODED,
+	COUNT_FLOODED_UNKNOWN,
+	COUNT_RX_FLOODED,
+	COUNT_TO_SLEEVE,
+	COUNT_FROM_SLEEVE,
+	COUNT_PROBES,
+	COUNT_PMTU,
+	COUNT_DROPPED_NO_PATH,
+	COUNT_DROPPED_NOT_NEIGHBOUR,
+	COUNT_DROPPED_OWN,
+	COUNT_DROPPED_HOP_LIMIT,
+	COUNT_DROPPED_REVERSE_PATH,
+	COUNT_DROPPED_BACKWARDS,
+	COUNT_DROPPED_SPOOFED,
+	COUNT_DROPPED_ISOLATED,
+	COUNT_DROPPED_UNKNOWN_MAC,
+	COUNT_DROPPED_UNKNOWN_PORT,
+	COUNT_DROPPED_LOCAL,
+	COUNT_DROPPED_MALFORMED,
+	COUNT_DROPPED_SEND,
+	COUNT_DROPPED_PROBES,
+	COUNT_MAX,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct cfg);
+} config SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, struct addr);
+	__type(value, struct neighbour);
+} neighbours SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct hop);
+} hops SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct tree);
+} trees SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct mac);
+	__type(value, struct endpoint);
+} endpoints SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct port);
+} ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNT_MAX);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 16);
+} events SEC(".maps");
+
+/* keep types that no map names reachable from BTF */
+const struct event *event_type __attribute__((unused));
+const enum counter *counter_type __attribute__((unused));
+const enum hop_kind *hop_kind_type __attribute__((unused));
+
+static __always_inline void count(__u32 which)
+{
+	__u64 *v = bpf_map_lookup_elem(&counters, &which);
+	if (v)
+		(*v)++;
+}
+
+static __always_inline int drop(__u32 why)
+{
+	count(why);
+	return DROP;
+}
+
+static __always_inline struct cfg *get_config(void)
+{
+	__u32 zero = 0;
+	return bpf_map_lookup_elem(&config, &zero);
+}
+
+static __always_inline int is_zero_mac(const __u8 *m)
+{
+	return !(m[0] | m[1] | m[2] | m[3] | m[4] | m[5]);
+}
+
+/* ---- sending into the overlay ---- */
+
+/* An inner IPv4 packet without DF may be fragmented outside; all else asks for
+ * an error instead of fragments. */
+static __always_inline int wants_df(struct __sk_buff *skb)
+{
+	__u8 fragment = 0x40;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		bpf_skb_load_bytes(skb, ETH_HLEN + 6, &fragment, 1);
+	return fragment & 0x40;
+}
+
+static __always_inline int encapsulate(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst,
+				       __u32 ttl)
+{
+	struct bpf_tunnel_key key;
+	__u64 flags = BPF_F_ZERO_CSUM_TX;
+	__u32 size = __builtin_offsetof(struct bpf_tunnel_key, local_ipv4);
+
+	__builtin_memset(&key, 0, sizeof(key));
+	key.tunnel_id = src | dst << 12;
+	key.tunnel_ttl = ttl;
+	if (wants_df(skb))
+		flags |= BPF_F_DONT_FRAGMENT;
+	if (h->kind == HOP_VXLAN6) {
+		flags |= BPF_F_TUNINFO_IPV6;
+		__builtin_memcpy(key.remote_ipv6, h->remote, sizeof(h->remote));
+		__builtin_memcpy(key.local_ipv6, h->local, sizeof(h->local));
+	} else {
+		key.remote_ipv4 = h->remote[0];
+		key.local_ipv4 = h->local[0];
+	}
+	/* The VXLAN device answers an oversize frame with ICMP only if the frame
+	 * is not for or from the host itself; ours are, when the host is exposed. */
+	if (skb->pkt_type == 0 /* PACKET_HOST */)
+		bpf_skb_change_type(skb, 3 /* PACKET_OTHERHOST */);
+	if (c->flags & FLAG_LOCAL_ADDR)
+		return bpf_skb_set_tunnel_key(skb, &key, sizeof(key), flags);
+	return bpf_skb_set_tunnel_key(skb, &key, size, flags);
+}
+
+static __always_inline int push_tags(struct __sk_buff *skb, __u32 src, __u32 dst, __u32 ttl)
+{
+	__u32 limit = ttl > HOP_LIMIT ? HOP_LIMIT : ttl;
+	__u16 c_tci = dst | (limit & 3) << 12;
+	__u16 s_tci = src | (limit >> 2) << 12;
+
+	if (!dst)
+		c_tci |= TAG_FLOODED;
+	if (bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021Q), c_tci))
+		return -1;
+	return bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021AD), s_tci);
+}
+
+/* One frame of src to the peer dst. from: whom it came from, if by VXLAN.
+ * on_vxlan: the program runs where the frame leaves by the VXLAN device. */
+static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src, __u32 dst, __u32 ttl,
+				struct neighbour *from, int on_vxlan)
+{
+	struct hop *h = bpf_map_lookup_elem(&hops, &dst);
+
+	if (!h)
+		return drop(COUNT_DROPPED_NO_PATH);
+	if (from && from->n == 1 && from->id[0] == h->via)
+		return drop(COUNT_DROPPED_BACKWARDS);
+	if (h->kind == HOP_SLEEVE) {
+		if (!c->tap_if)
+			return drop(COUNT_DROPPED_NO_PATH);
+		if (push_tags(skb, src, dst, ttl))
+			return drop(COUNT_DROPPED_SEND);
+		count(COUNT_TO_SLEEVE);
+		return bpf_redirect(c->tap_if, 0);
+	}
+	if (encapsulate(skb, c, h, src, dst, ttl))
+		return drop(COUNT_DROPPED_SEND);
+	if (on_vxlan)
+		return PASS;
+	skb->mark = MARK_SENT;
+	return bpf_redirect(c->vxlan_if, 0);
+}
+
+#define COPY_FOR_SLEEVE 1
+
+/* One copy of a flooded frame to the neighbour child. A global function: the
+ * verifier looks at it once, however long the list of children. */
+__attribute__((noinline)) int flood_copy(struct __sk_buff *skb, __u32 src, __u32 child, __u32 ttl)
+{
+	struct cfg *c = get_config();
+	struct hop *h = bpf_map_lookup_elem(&hops, &child);
+
+	if (!c || !h)
+		return -1;
+	if (h->kind == HOP_SLEEVE)
+		return COPY_FOR_SLEEVE;
+	if (encapsulate(skb, c, h, src, 0, ttl))
+		return -1;
+	return bpf_clone_redirect(skb, c->vxlan_if, 0) ? -1 : 0;
+}
+
+/* Copies a frame of src to the children of src's tree, except to one. The
+ * frame itself stays as it was but for its tunnel key. */
+__attribute__((noinline)) int flood(struct __sk_buff *skb, __u32 src, __u32 ttl, __u32 except)
+{
+	struct cfg *c = get_config();
+	struct tree *t = bpf_map_lookup_elem(&trees, &src);
+	__u32 mark = skb->mark;
+	int sleeve = 0;
+
+	if (!c || !t)
+		return 0;
+	skb->mark = MARK_SENT;
+	for (int i = 0; i < MAX_CHILDREN; i++) {
+		if (i >= t->n)
+			break;
+		if (t->child[i] == except)
+			continue;
+		int r = flood_copy(skb, src, t->child[i], ttl);
+		if (r == COPY_FOR_SLEEVE)
+			sleeve = 1;
+		else if (r)
+			count(COUNT_DROPPED_SEND);
+	}
+	skb->mark = mark;
+	/* The user-space path copies to those children that it serves. */
+	if (sleeve && c->tap_if && !push_tags(skb, src, 0, ttl)) {
+		if (bpf_clone_redirect(skb, c->tap_if, 0))
+			count(COUNT_DROPPED_SEND);
+		else
+			count(COUNT_TO_SLEEVE);
+		bpf_skb_vlan_pop(skb);
+		bpf_skb_vlan_pop(skb);
+	}
+	return 0;
+}
+
+/* ---- frames that arrive from the overlay ---- */
+
+static __always_inline int is_among(struct neighbour *from, __u32 id)
+{
+	for (int i = 0; i < MAX_SHARING; i++)
+		if (i < from->n && from->id[i] == id)
+			return 1;
+	return 0;
+}
+
+/* To the bridge, which sees everything come in by the VXLAN device. */
+static __always_inline int deliver(struct __sk_buff *skb, struct cfg *c, int by_tap)
+{
+	if (!by_tap)
+		return PASS;
+	skb->mark = MARK_DELIVER;
+	return bpf_redirect(c->vxlan_if, BPF_F_INGRESS);
+}
+
+static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src,
+				      __u32 dst)
+{
+	if (!from || dst != c->self || !is_among(from, src))
+		return drop(COUNT_DROPPED_PROBES);
+	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e)
+		return drop(COUNT_DROPPED_PROBES);
+	e->token = 0;
+	bpf_skb_load_bytes(skb, ETH_HLEN, &e->token, sizeof(e->token));
+	e->token = bpf_be64_to_cpu(e->token);
+	e->size = skb->len - ETH_HLEN;
+	e->from = src;
+	e->pad = 0;
+	bpf_ringbuf_submit(e, 0);
+	return drop(COUNT_PROBES);
+}
+
+static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src,
+					__u32 ttl, int by_tap)
+{
+	struct tree *t = bpf_map_lookup_elem(&trees, &src);
+
+	/* What comes by the TAP was checked against the tree in user space. */
+	if (!t || (from && !is_among(from, t->parent)))
+		return drop(COUNT_DROPPED_REVERSE_PATH);
+	count(COUNT_RX_FLOODED);
+	if (ttl > 1)
+		flood(skb, src, ttl - 1, t->parent);
+	return deliver(skb, c, by_tap);
+}
+
+/* from is null for what came by the TAP */
+static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src, __u32 dst,
+				   __u32 ttl, int by_tap)
+{
+	__u8 macs[2 * ETH_ALEN];
+
+	if (!src || bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)))
+		return drop(COUNT_DROPPED_MALFORMED);
+	if (src == c->self)
+		return drop(COUNT_DROPPED_OWN);
+	if (is_zero_mac(macs) && is_zero_mac(macs + ETH_ALEN))
+		return take_probe(skb, c, from, src, dst);
+	if (!dst)
+		return take_flooded(skb, c, from, src, ttl, by_tap);
+	if (dst == c->self) {
+		count(COUNT_RX);
+		return deliver(skb, c, by_tap);
+	}
+	if (ttl <= 1)
+		return drop(COUNT_DROPPED_HOP_LIMIT);
+	count(COUNT_RELAYED);
+	return send(skb, c, src, dst, ttl - 1, from, 0);
+}
+
+/* what the VXLAN header and those around it say */
+struct outer {
+	struct addr remote;
+	__u32 vni, ttl, flags;
+};
+
+static __always_inline int receive_vxlan(struct __sk_buff *skb, struct cfg *c, struct outer *o)
+{
+	__u32 src = o->vni & SHORT_ID, dst = (o->vni >> 12) & SHORT_ID;
+
+	/* When a frame exceeds the path MTU, the kernel makes the ICMP error and
+	 * loops it back to here with the tunnel key we set for sending. For our
+	 * own frame it goes to the bridge, for a relayed one back to its source. */
+	if (o->flags & TUNNEL_NOCACHE) {
+		count(COUNT_PMTU);
+		if (src == c->self)
+			return PASS;
+		if (!dst)
+			return DROP;
+		return send(skb, c, dst, src, HOP_LIMIT, 0, 0);
+	}
+	struct neighbour *from = bpf_map_lookup_elem(&neighbours, &o->remote);
+	if (!from)
+		return drop(COUNT_DROPPED_NOT_NEIGHBOUR);
+	return receive(skb, c, from, src, dst, o->ttl, 0);
+}
+
+/* ingress of the VXLAN device */
+SEC("tc")
+int vxlan_in(struct __sk_buff *skb)
+{
+	struct cfg *c = get_config();
+	struct bpf_tunnel_key key;
+	struct outer o;
+	__u32 size = __builtin_offsetof(struct bpf_tunnel_key, local_ipv4);
+
+	if (!c)
+		return DROP;
+	if (skb->mark == MARK_DELIVER) {
+		skb->mark = 0;
+		return PASS;
+	}
+	__builtin_memset(&key, 0, sizeof(key));
+	__builtin_memset(&o, 0, sizeof(o));
+	__u64 flags = c->flags & FLAG_TUNNEL_FLAGS ? BPF_F_TUNINFO_FLAGS : 0;
+	if (!bpf_skb_get_tunnel_key(skb, &key, size, flags)) {
+		__u32 v4 = bpf_htonl(key.remote_ipv4);
+		o.remote.b[10] = o.remote.b[11] = 0xff;
+		__builtin_memcpy(&o.remote.b[12], &v4, sizeof(v4));
+	} else if (!bpf_skb_get_tunnel_key(skb, &key, size, flags | BPF_F_TUNINFO_IPV6)) {
+		__builtin_memcpy(&o.remote, key.remote_ipv6, sizeof(o.remote));
+	} else {
+		return drop(COUNT_DROPPED_MALFORMED);
+	}
+	o.vni = key.tunnel_id;
+	o.ttl = key.tunnel_ttl;
+	if (c->flags & FLAG_TUNNEL_FLAGS)
+		o.flags = key.tunnel_flags;
+	return receive_vxlan(skb, c, &o);
+}
+
+/* ingress of the TAP: what the user-space path received */
+SEC("tc")
+int tap_in(struct __sk_buff *skb)
+{
+	struct cfg *c = get_config();
+
+	if (!c)
+		return DROP;
+	if (!skb->vlan_present || skb->vlan_proto != bpf_htons(ETH_P_8021AD))
+		return drop(COUNT_DROPPED_MALFORMED);
+	__u32 s_tci = skb->vlan_tci;
+	if (bpf_skb_vlan_pop(skb) || !skb->vlan_present)
+		return drop(COUNT_DROPPED_MALFORMED);
+	__u32 c_tci = skb->vlan_tci;
+	if (bpf_skb_vlan_pop(skb))
+		return drop(COUNT_DROPPED_MALFORMED);
+	count(COUNT_FROM_SLEEVE);
+	__u32 ttl = ((s_tci >> 12) & 15) << 2 | ((c_tci >> 12) & 3);
+	__u32 dst = c_tci & TAG_FLOODED ? 0 : c_tci & SHORT_ID;
+	if (!dst && !(c_tci & TAG_FLOODED))
+		return drop(COUNT_DROPPED_MALFORMED);
+	return receive(skb, c, 0, s_tci & SHORT_ID, dst, ttl, 1);
+}
+
+/* ---- frames that the bridge sends into the overlay ---- */
+
+static __always_inline int is_link_local_mac(const __u8 *m)
+{
+	return m[0] == 0x01 && m[1] == 0x80 && m[2] == 0xc2 && !m[3] && !m[4] && m[5] < 16;
+}
+
+/* egress of the VXLAN device */
+SEC("tc")
+int vxlan_out(struct __sk_buff *skb)
+{
+	struct cfg *c = get_config();
+	struct mac dst = {};
+
+	if (!c)
+		return DROP;
+	if (skb->mark == MARK_SENT) {
+		skb->mark = 0;
+		return PASS;
+	}
+	if (bpf_skb_load_bytes(skb, 0, dst.b, ETH_ALEN))
+		return drop(COUNT_DROPPED_MALFORMED);
+	if (!c->self)
+		return drop(COUNT_DROPPED_NO_PATH);
+	if (is_zero_mac(dst.b) || is_link_local_mac(dst.b))
+		return drop(COUNT_DROPPED_LOCAL);
+	if (!(dst.b[0] & 1)) {
+		struct endpoint *e = bpf_map_lookup_elem(&endpoints, &dst);
+		if (e) {
+			/* The bridge floods what it has not learnt yet. */
+			if (!e->peer)
+				return drop(COUNT_DROPPED_LOCAL);
+			count(COUNT_TX);
+			return send(skb, c, c->self, e->peer, HOP_LIMIT, 0, 1);
+		}
+		count(COUNT_FLOODED_UNKNOWN);
+	}
+	count(COUNT_FLOODED);
+	flood(skb, c->self, HOP_LIMIT, 0);
+	return DROP; /* the copies are on their way */
+}
+
+/* ---- isolation: the host side of a container's veth pair ---- */
+
+static __always_inline int same_addr(const struct addr *a, const struct addr *b)
+{
+	const __u64 *x = (const void *)a, *y = (const void *)b;
+	return x[0] == y[0] && x[1] == y[1];
+}
+
+static __always_inline int owns_addr(struct port *p, struct addr *a)
+{
+	for (int i = 0; i < MAX_ADDRS; i++)
+		if (i < p->n_addrs && same_addr(&p->addrs[i], a))
+			return 1;
+	return 0;
+}
+
+/* IPv4 source as it stands at off; 0.0.0.0 (DHCP, ARP probes) is anybody's */
+static __always_inline int may_send_ipv4(struct __sk_buff *skb, struct port *p, __u32 off)
+{
+	struct addr a __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+	__u32 v4;
+
+	if (bpf_skb_load_bytes(skb, off, &v4, sizeof(v4)))
+		return 0;
+	__builtin_memcpy(&a.b[12], &v4, sizeof(v4));
+	return !v4 || owns_addr(p, &a);
+}
+
+/* link-local and unspecified sources (address resolution) are anybody's */
+static __always_inline int may_send_ipv6(struct __sk_buff *skb, struct port *p)
+{
+	struct addr a __attribute__((aligned(8)));
+	const __u64 *half = (const void *)&a;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + 8, &a, sizeof(a)))
+		return 0;
+	if (a.b[0] == 0xfe && (a.b[1] & 0xc0) == 0x80)
+		return 1;
+	return !(half[0] | half[1]) || owns_addr(p, &a);
+}
+
+static __always_inline int is_mac_of(struct port *p, const __u8 *mac)
+{
+	__u8 differ = 0;
+
+	for (int i = 0; i < ETH_ALEN; i++)
+		differ |= mac[i] ^ p->mac[i];
+	return !differ;
+}
+
+static __always_inline int may_send_arp(struct __sk_buff *skb, struct port *p)
+{
+	__u8 sender[ETH_ALEN];
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + 8, sender, sizeof(sender)))
+		return 0;
+	return is_mac_of(p, sender) && may_send_ipv4(skb, p, ETH_HLEN + 14);
+}
+
+/* ingress of the host side: what the container sends */
+SEC("tc")
+int port_in(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	struct ethhdr eth;
+	int ok;
+
+	if (!p)
+		return drop(COUNT_DROPPED_UNKNOWN_PORT);
+	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
+		return drop(COUNT_DROPPED_MALFORMED);
+	if (!is_mac_of(p, eth.h_source))
+		return drop(COUNT_DROPPED_SPOOFED);
+	if (skb->vlan_present)
+		return drop(COUNT_DROPPED_SPOOFED);
+	switch (eth.h_proto) {
+	case bpf_htons(ETH_P_IP):
+		ok = may_send_ipv4(skb, p, ETH_HLEN + 12);
+		break;
+	case bpf_htons(ETH_P_IPV6):
+		ok = may_send_ipv6(skb, p);
+		break;
+	case bpf_htons(ETH_P_ARP):
+		ok = may_send_arp(skb, p);
+		break;
+	case bpf_htons(ETH_P_8021Q): /* a receiver takes VLAN 0 for untagged */
+	case bpf_htons(ETH_P_8021AD):
+		ok = 0;
+		break;
+	default:
+		ok = 1;
+	}
+	return ok ? PASS : drop(COUNT_DROPPED_SPOOFED);
+}
+
+static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
+{
+	for (int i = 0; i < MAX_SUBNETS; i++) {
+		if (!a->key[i])
+			break;
+		for (int j = 0; j < MAX_SUBNETS; j++) {
+			if (!b->key[j])
+				break;
+			if (a->key[i] == b->key[j])
+				return 1;
+		}
+	}
+	return 0;
+}
+
+/* egress of the host side: what the container is about to receive */
+SEC("tc")
+int port_out(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	struct mac src = {};
+
+	if (!p)
+		return drop(COUNT_DROPPED_UNKNOWN_PORT);
+	if (bpf_skb_load_bytes(skb, ETH_ALEN, src.b, ETH_ALEN))
+		return drop(COUNT_DROPPED_MALFORMED);
+	struct endpoint *e = bpf_map_lookup_elem(&endpoints, &src);
+	if (!e)
+		return drop(COUNT_DROPPED_UNKNOWN_MAC);
+	if (!share_subnet(&e->subnets, &p->subnets))
+		return drop(COUNT_DROPPED_ISOLATED);
+	return PASS;
+}
+
+/* Run once by the daemon, on a frame of its own: which of the newer features
+ * this kernel has, as FLAG_ bits. */
+SEC("tc")
+int test_features(struct __sk_buff *skb)
+{
+	struct bpf_tunnel_key key = {.remote_ipv4 = 0x7f000001};
+	__u32 size = __builtin_offsetof(struct bpf_tunnel_key, local_ipv4);
+	int flags = 0;
+
+	if (!bpf_skb_set_tunnel_key(skb, &key, sizeof(key), 0))
+		flags |= FLAG_LOCAL_ADDR;
+	else if (bpf_skb_set_tunnel_key(skb, &key, size, 0))
+		return 0;
+	if (!bpf_skb_get_tunnel_key(skb, &key, size, BPF_F_TUNINFO_FLAGS) && (key.tunnel_flags & TUNNEL_NOCACHE))
+		flags |= FLAG_TUNNEL_FLAGS;
+	return flags;
+}
+
+char license_text[] SEC("license") = "Apache-2.0";

@@ -1,0 +1,210 @@
+package fastdp
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+
+	"weave.local/peer"
+	"weave.local/router/bpf"
+	"weave.local/router/overlay"
+)
+
+// tables is the desired content of the programs' tables, local endpoints
+// apart.
+type tables struct {
+	neighbours map[bpf.Addr]bpf.Neighbour
+	hops       map[uint16]bpf.Hop
+	trees      map[uint16]bpf.Tree
+	endpoints  map[bpf.MAC]bpf.Endpoint
+	warnings   []string // what does not fit
+}
+
+// desired translates the router's wishes. It does the same for the same
+// wishes, however their lists are ordered.
+func desired(f overlay.Forwarding) tables {
+	t := tables{
+		neighbours: make(map[bpf.Addr]bpf.Neighbour, len(f.Neighbours)),
+		hops:       make(map[uint16]bpf.Hop, len(f.Hops)),
+		trees:      make(map[uint16]bpf.Tree, len(f.Trees)),
+		endpoints:  make(map[bpf.MAC]bpf.Endpoint, len(f.Endpoints)),
+	}
+	known := t.addNeighbours(f.Neighbours)
+	for dst, hop := range f.Hops {
+		h := bpf.Hop{Kind: bpf.KindSleeve, Via: uint16(hop.Via)}
+		if hop.Path == overlay.FastDP {
+			n, ok := known[hop.Via]
+			if !ok {
+				t.warn("peer %d is to be reached through %d, which is no neighbour with an address", dst, hop.Via)
+				continue
+			}
+			h.Kind, h.Remote = bpf.KindVXLAN, n.Remote.Unmap()
+			if local := n.Local.Unmap(); usable(local) && local.Is4() == h.Remote.Is4() {
+				h.Local = local
+			}
+		}
+		t.hops[uint16(dst)] = h
+	}
+	for src, tree := range f.Trees {
+		b := bpf.Tree{Parent: uint16(tree.Parent)}
+		children := slices.Sorted(slices.Values(tree.Children))
+		if len(children) > bpf.MaxChildren {
+			t.warn("%d peers are to get floods from here: only %d do", len(children), bpf.MaxChildren)
+			children = children[:bpf.MaxChildren]
+		}
+		for i, c := range children {
+			b.Children[i] = uint16(c)
+		}
+		b.N = len(children)
+		t.trees[uint16(src)] = b
+	}
+	for _, e := range f.Endpoints {
+		subnets, ok := bpf.SubnetsOf(e.Addrs)
+		if !ok {
+			t.warn("endpoint %s is in more than %d subnets: the rest cannot reach it", e.MAC, bpf.MaxSubnets)
+		}
+		t.endpoints[bpf.MAC(e.MAC)] = bpf.Endpoint{Peer: uint16(e.Peer), Subnets: subnets}
+	}
+	return t
+}
+
+// addNeighbours returns those with an address that VXLAN can be sent to.
+func (t *tables) addNeighbours(list []overlay.Neighbour) map[peer.ShortID]overlay.Neighbour {
+	list = slices.SortedFunc(slices.Values(list), func(a, b overlay.Neighbour) int {
+		return cmp.Compare(a.ShortID, b.ShortID)
+	})
+	known := make(map[peer.ShortID]overlay.Neighbour, len(list))
+	for _, n := range list {
+		if !usable(n.Remote) || n.ShortID == 0 {
+			continue
+		}
+		known[n.ShortID] = n
+		key := bpf.AddrOf(n.Remote)
+		v := t.neighbours[key]
+		if v.N == len(v.ID) {
+			t.warn("more than %d neighbours behind %s: the rest cannot use the fast path", v.N, n.Remote)
+			continue
+		}
+		v.ID[v.N] = uint16(n.ShortID)
+		v.N++
+		t.neighbours[key] = v
+	}
+	return known
+}
+
+func (t *tables) warn(format string, args ...any) {
+	t.warnings = append(t.warnings, fmt.Sprintf(format, args...))
+}
+
+// Apply makes the programs forward as f says. The tables gain what is new
+// before they lose what is old, so that frames are not lost on the way.
+func (d *DataPath) Apply(f overlay.Forwarding) error {
+	want := desired(f)
+	d.setNeighbours(f.Self, f.Neighbours, f.Partial)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.warnLocked(want.warnings)
+	d.setRemoteLocked(want.endpoints, f.Partial)
+	changes, err := d.changesLocked(want)
+	if err != nil {
+		return err
+	}
+	for _, c := range changes {
+		if err := c.Grow(); err != nil {
+			return err
+		}
+	}
+	if err := d.reconfigureLocked(f); err != nil {
+		return err
+	}
+	if f.Partial {
+		return nil
+	}
+	if err := d.switchOverLocked(); err != nil {
+		return err
+	}
+	var errs []error
+	for _, c := range slices.Backward(changes) {
+		errs = append(errs, c.Shrink())
+	}
+	return errors.Join(append(errs, d.sweep())...)
+}
+
+// changesLocked lists the tables' changes in the order in which they may
+// grow: what names others comes after those it names.
+func (d *DataPath) changesLocked(want tables) ([]bpf.Change, error) {
+	neighbours, err1 := d.objs.Neighbours.Towards(want.neighbours, nil)
+	hops, err2 := d.objs.Hops.Towards(want.hops, nil)
+	trees, err3 := d.objs.Trees.Towards(want.trees, nil)
+	all := want.endpoints
+	for _, p := range d.ports { // a local port goes before any announcement
+		all[p.MAC] = bpf.Endpoint{Subnets: p.Subnets}
+	}
+	endpoints, err4 := d.objs.Endpoints.Towards(all, nil)
+	return []bpf.Change{neighbours, hops, trees, endpoints}, errors.Join(err1, err2, err3, err4)
+}
+
+// reconfigureLocked follows changes of the own short id and of the TAP.
+func (d *DataPath) reconfigureLocked(f overlay.Forwarding) error {
+	c := d.config
+	c.TAP = d.findTAP()
+	if f.Self != 0 || !f.Partial {
+		c.Self = uint16(f.Self)
+	}
+	if c != d.config {
+		if err := d.objs.SetConfig(c); err != nil {
+			return err
+		}
+	}
+	moved := c.TAP != d.config.TAP
+	d.config = c
+	if !moved {
+		return nil
+	}
+	return d.attachTAP()
+}
+
+// switchOverLocked puts our programs in the place of those of another layout,
+// now that our tables are complete.
+func (d *DataPath) switchOverLocked() error {
+	if !d.deferred {
+		return nil
+	}
+	d.deferred = false
+	errs := []error{d.attach(d.vxlan, bpf.VXLANIn), d.attachTAP()}
+	for index := range d.ports {
+		if index != d.bridge {
+			errs = append(errs, d.attachPort(index))
+		}
+	}
+	errs = append(errs, d.attach(d.vxlan, bpf.VXLANOut))
+	if err := errors.Join(errs...); err != nil {
+		d.deferred = true // and once more with the next Apply
+		return err
+	}
+	return d.objs.DropOtherLayouts()
+}
+
+// setRemoteLocked keeps the announcements, for the time when a local port of
+// the same address is gone.
+func (d *DataPath) setRemoteLocked(announced map[bpf.MAC]bpf.Endpoint, partial bool) {
+	if !partial {
+		clear(d.remote)
+	}
+	for mac, e := range announced {
+		d.remote[mac] = e
+	}
+}
+
+// warnLocked says each thing once.
+func (d *DataPath) warnLocked(warnings []string) {
+	const most = 1000 // things remembered
+	for _, w := range warnings {
+		if d.told[w] || len(d.told) >= most {
+			continue
+		}
+		d.told[w] = true
+		d.log.Warn("fast path cannot do all that is wanted", "reason", w)
+	}
+}

@@ -1,0 +1,213 @@
+package fastdp
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"weave.local/peer"
+	"weave.local/router/netdev"
+)
+
+const vxlanPrefix = "vxlan-"
+
+func vxlanName(port int) string { return vxlanPrefix + strconv.Itoa(port) }
+
+// ensureVXLAN makes the VXLAN device for a UDP port, or adopts it. A new one
+// is down.
+func ensureVXLAN(port, mtu int) (index int, created bool, err error) {
+	name := vxlanName(port)
+	l, err := netlink.LinkByName(name)
+	var missing netlink.LinkNotFoundError
+	switch {
+	case err == nil && isOurVXLAN(l, port):
+	case err == nil:
+		return 0, false, fmt.Errorf("device %s is not a VXLAN device of ours: remove it and try again", name)
+	case errors.As(err, &missing):
+		if l, err = createVXLAN(name, port); err != nil {
+			return 0, false, err
+		}
+		created = true
+	default:
+		return 0, false, fmt.Errorf("device %s: %w", name, err)
+	}
+	index = l.Attrs().Index
+	if l.Attrs().MTU != mtu {
+		if err := netlink.LinkSetMTU(l, mtu); err != nil {
+			err = fmt.Errorf("MTU %d of %s: %w", mtu, name, err)
+			if created {
+				err = errors.Join(err, netdev.DeleteLink(name))
+			}
+			return 0, false, err
+		}
+	}
+	return index, created, nil
+}
+
+func isOurVXLAN(l netlink.Link, port int) bool {
+	v, ok := l.(*netlink.Vxlan)
+	return ok && v.FlowBased && v.Port == port
+}
+
+func createVXLAN(name string, port int) (netlink.Link, error) {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = name
+	err := netlink.LinkAdd(&netlink.Vxlan{
+		LinkAttrs: attrs,
+		FlowBased: true, // the programs give each frame its tunnel key
+		Port:      port,
+		// We send without UDP checksum, so that the kernel need not
+		// touch the payload; over IPv6 the receiver must agree (RFC 6935).
+		UDP6ZeroCSumRx: true,
+	})
+	if errors.Is(err, unix.EEXIST) {
+		return nil, fmt.Errorf("UDP port %d: another VXLAN device uses it already", port)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("create %s: %w", name, err)
+	}
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("device %s: %w", name, err)
+	}
+	// A port of a bridge has no business of its own on the network.
+	if err := netdev.SetSysctl("ipv6/conf/"+name+"/disable_ipv6", "1"); err != nil {
+		return nil, errors.Join(err, netdev.DeleteLink(name))
+	}
+	return l, nil
+}
+
+// joinBridge sets the VXLAN device up and makes it a port of the bridge.
+// Devices of ours for other UDP ports go.
+func joinBridge(port int, bridge string) error {
+	name := vxlanName(port)
+	switch err := netdev.SetUp(name); {
+	case errors.Is(err, unix.EADDRINUSE):
+		return fmt.Errorf("UDP port %d is taken: another program listens on it", port)
+	case err != nil:
+		return err
+	}
+	if err := netdev.SetMaster(name, bridge); err != nil {
+		return err
+	}
+	return removeVXLANs(bridge, name)
+}
+
+// removeVXLANs removes our VXLAN devices from a bridge, except those named.
+func removeVXLANs(bridge string, except ...string) error {
+	ports, err := netdev.Ports(bridge)
+	if errors.Is(err, netdev.ErrNoDevice) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var errs []error
+next:
+	for _, p := range ports {
+		for _, name := range except {
+			if p.Name == name {
+				continue next
+			}
+		}
+		if p.Kind == "vxlan" && strings.HasPrefix(p.Name, vxlanPrefix) {
+			errs = append(errs, netdev.DeleteLink(p.Name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// What VXLAN adds to the IP packet inside, in bytes: the inner Ethernet
+// header, VXLAN and UDP headers, and the outer IP header.
+const (
+	overhead4 = 14 + 8 + 8 + 20
+	overhead6 = 14 + 8 + 8 + 40
+)
+
+func overhead(remote netip.Addr) int {
+	if remote.Unmap().Is4() {
+		return overhead4
+	}
+	return overhead6
+}
+
+// MTU is the largest IP packet, in bytes, that the route to a neighbour could
+// carry in VXLAN; 0 when the neighbour or the route is unknown.
+func (d *DataPath) MTU(to peer.ShortID) int {
+	n, _, ok := d.neighbour(to)
+	if !ok || !usable(n.Remote) {
+		return 0
+	}
+	mtu, err := routeMTU(n.Remote, n.Local)
+	if err != nil {
+		d.log.Debug("no MTU", "neighbour", n.Name, "error", err)
+		return 0
+	}
+	return mtu - overhead(n.Remote)
+}
+
+// routeMTU is the MTU of the route, where it has one of its own, or of the
+// device.
+func routeMTU(remote, local netip.Addr) (int, error) {
+	opts := &netlink.RouteGetOptions{}
+	if usable(local) {
+		opts.SrcAddr = local.Unmap().AsSlice()
+	}
+	routes, err := netlink.RouteGetWithOptions(remote.Unmap().AsSlice(), opts)
+	if err != nil {
+		return 0, fmt.Errorf("route to %s: %w", remote, err)
+	}
+	for _, r := range routes {
+		if r.MTU > 0 {
+			return r.MTU, nil
+		}
+		l, err := netlink.LinkByIndex(r.LinkIndex)
+		if err != nil {
+			return 0, fmt.Errorf("device of the route to %s: %w", remote, err)
+		}
+		return l.Attrs().MTU, nil
+	}
+	return 0, fmt.Errorf("route to %s: none", remote)
+}
+
+// pinDirMode keeps pins to root.
+const pinDirMode = 0o700
+
+// isBPF says whether a BPF file system is mounted on dir.
+func isBPF(dir string) bool {
+	var fs unix.Statfs_t
+	return unix.Statfs(dir, &fs) == nil && fs.Type == unix.BPF_FS_MAGIC
+}
+
+// mountBPF mounts a BPF file system on dir, unless one is there.
+func mountBPF(dir string) (mounted bool, err error) {
+	if err := os.MkdirAll(dir, pinDirMode); err != nil {
+		return false, fmt.Errorf("directory for BPF pins: %w", err)
+	}
+	if isBPF(dir) {
+		return false, nil
+	}
+	if err := unix.Mount("bpf", dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return false, fmt.Errorf("mount a BPF file system on %s: %w", dir, err)
+	}
+	return true, nil
+}
+
+// unmountBPF unmounts and removes dir; nothing there is no error.
+func unmountBPF(dir string) error {
+	for isBPF(dir) {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove %s: %w", dir, err)
+	}
+	return nil
+}

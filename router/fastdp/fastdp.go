@@ -1,0 +1,350 @@
+// Package fastdp is the data path in the kernel: a bridge that containers are
+// attached to, a VXLAN device as one of its ports, and the programs of
+// package bpf on the devices around it.
+//
+// The kernel does all forwarding by itself: to neighbours, on behalf of other
+// peers, and along broadcast trees. This package makes the devices, keeps the
+// programs' tables equal to what the router wants, and sends probes. All of
+// it is made to outlive the daemon: devices stay, programs and tables are
+// pinned in a BPF file system, and New takes over what it finds without a gap
+// in the traffic.
+//
+// # Frames
+//
+// A frame travels as VXLAN (RFC 7348) to the UDP port of the device. The
+// network identifier holds the short id of the source peer in its low 12 bits
+// and that of the destination peer in its high 12 bits, 0 when flooded. The
+// outer TTL is the hop limit, the outer DF bit that of the packet inside.
+//
+// # Probes
+//
+// A probe is a frame with both addresses zero, sent from an ordinary socket
+// with DF set, so that its size is proven by its arrival:
+//
+//	 0                8               20       22          30
+//	+----------------+---------------+--------+-----------+---------+
+//	| VXLAN header   | 12 zero bytes | 0x88b5 | token     | zeroes  |
+//	+----------------+---------------+--------+-----------+---------+
+//	                                            big endian
+//
+// 0x88b5 is the EtherType for local experiments (IEEE 802). The receiver
+// takes a probe only if it is the destination, the source is a neighbour and
+// the outer source address is that neighbour's.
+package fastdp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"sync"
+
+	"weave.local/peer"
+	"weave.local/router/bpf"
+	"weave.local/router/netdev"
+	"weave.local/router/overlay"
+)
+
+// Config is what a DataPath is made of.
+type Config struct {
+	Bridge  string      // name of the bridge, made when missing
+	MAC     overlay.MAC // address of the bridge
+	Port    int         // UDP port of VXLAN; the device is named vxlan-<Port>
+	PinDir  string      // mount point of our BPF file system, made when missing
+	MTU     int         // of the bridge and the VXLAN device, in bytes: the most that containers send
+	TapName string      // device of the sleeve; it may come and go
+	OnProbe overlay.ProbeFunc
+	Log     *slog.Logger
+}
+
+// DataPath is the fast path. It implements overlay.Switch.
+type DataPath struct {
+	cfg    Config
+	log    *slog.Logger
+	objs   *bpf.Objects
+	bridge int // interface indices
+	vxlan  int
+
+	// mu orders writers of kernel state and is therefore held over the
+	// system calls that write it, none of which waits for anything. It
+	// guards what follows.
+	mu       sync.Mutex
+	config   bpf.Config
+	deferred bool // programs of an older layout run on until our tables are complete
+	clsact   bool // the kernel has no tcx
+	ports    map[int]bpf.Port
+	remote   map[bpf.MAC]bpf.Endpoint // as announced, including those that a local port overrides
+	told     map[string]bool          // warnings given
+
+	// sendMu guards what follows: what Probe and MTU need.
+	sendMu     sync.Mutex
+	self       peer.ShortID
+	neighbours map[peer.ShortID]overlay.Neighbour
+	sockets    map[peer.ShortID]*socket
+}
+
+var _ overlay.Switch = (*DataPath)(nil)
+
+// New makes the devices and loads the programs, or takes over those that an
+// earlier daemon left, with the content of their tables. On error, what it
+// made is gone again.
+func New(cfg Config) (*DataPath, error) {
+	d := &DataPath{
+		cfg:        cfg,
+		log:        cfg.Log,
+		ports:      make(map[int]bpf.Port),
+		remote:     make(map[bpf.MAC]bpf.Endpoint),
+		told:       make(map[string]bool),
+		neighbours: make(map[peer.ShortID]overlay.Neighbour),
+		sockets:    make(map[peer.ShortID]*socket),
+	}
+	var undo undoList
+	if err := d.setUp(&undo); err != nil {
+		return nil, errors.Join(err, undo.run())
+	}
+	return d, nil
+}
+
+// undoList holds what takes back the steps done so far, oldest first.
+type undoList []func() error
+
+func (u *undoList) add(f func() error) { *u = append(*u, f) }
+
+func (u *undoList) run() error {
+	var errs []error
+	for i := len(*u) - 1; i >= 0; i-- {
+		errs = append(errs, (*u)[i]())
+	}
+	return errors.Join(errs...)
+}
+
+func (d *DataPath) setUp(undo *undoList) error {
+	mounted, err := mountBPF(d.cfg.PinDir)
+	if err != nil {
+		return err
+	}
+	if mounted {
+		undo.add(func() error { return unmountBPF(d.cfg.PinDir) })
+	}
+	if d.objs, err = bpf.Open(d.cfg.PinDir); err != nil {
+		return err
+	}
+	undo.add(d.objs.Close)
+	if d.deferred, err = d.objs.Supersedes(); err != nil {
+		return err
+	}
+	bridge, err := netdev.EnsureBridge(d.cfg.Bridge, d.cfg.MAC, d.cfg.MTU)
+	if err != nil {
+		return err
+	}
+	d.bridge = bridge.Index
+	if bridge.Created {
+		undo.add(func() error { return netdev.DeleteLink(d.cfg.Bridge) })
+	}
+	if err := d.setUpVXLAN(undo); err != nil {
+		return err
+	}
+	if err := d.adopt(); err != nil {
+		return err
+	}
+	return d.attachTAP()
+}
+
+// setUpVXLAN makes the VXLAN device forward. It becomes a port of the bridge
+// last: no frame passes it before the programs are there.
+func (d *DataPath) setUpVXLAN(undo *undoList) error {
+	index, created, err := ensureVXLAN(d.cfg.Port, d.cfg.MTU)
+	if err != nil {
+		return err
+	}
+	d.vxlan = index
+	if created {
+		undo.add(func() error { return netdev.DeleteLink(vxlanName(d.cfg.Port)) })
+	}
+	if err := d.adoptConfig(); err != nil {
+		return err
+	}
+	for _, p := range []bpf.Program{bpf.VXLANIn, bpf.VXLANOut} {
+		if err := d.attach(d.vxlan, p); err != nil {
+			return err
+		}
+	}
+	return joinBridge(d.cfg.Port, d.cfg.Bridge)
+}
+
+// adoptConfig carries the configuration over that the kernel works by, with
+// the devices as they are now.
+func (d *DataPath) adoptConfig() error {
+	old, err := d.objs.Config()
+	if err != nil {
+		return err
+	}
+	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.objs.Features()}
+	return d.objs.SetConfig(d.config)
+}
+
+// findTAP is the index of the sleeve's device, 0 when it is not there.
+func (d *DataPath) findTAP() uint32 {
+	if d.cfg.TapName == "" {
+		return 0
+	}
+	dev, err := netdev.DeviceByName(d.cfg.TapName)
+	if err != nil {
+		return 0
+	}
+	return uint32(dev.Index)
+}
+
+// attachTAP puts the program on the sleeve's device, if there is one.
+func (d *DataPath) attachTAP() error {
+	if d.config.TAP == 0 {
+		return nil
+	}
+	err := d.attach(int(d.config.TAP), bpf.TAPIn)
+	if err != nil && d.findTAP() != d.config.TAP {
+		return nil // it went meanwhile
+	}
+	return err
+}
+
+// adopt takes over ports and endpoints of an earlier daemon and renews the
+// programs on the ports. Ports whose device is gone are forgotten.
+func (d *DataPath) adopt() error {
+	ports, err := d.objs.Ports.All()
+	if err != nil {
+		return err
+	}
+	endpoints, err := d.objs.Endpoints.All()
+	if err != nil {
+		return err
+	}
+	for mac, e := range endpoints {
+		if e.Peer != 0 {
+			d.remote[mac] = e
+		}
+	}
+	for index, p := range ports {
+		d.ports[int(index)] = p
+	}
+	if err := d.sweep(); err != nil {
+		return err
+	}
+	var errs []error
+	for index := range d.ports {
+		if index != d.bridge {
+			errs = append(errs, d.attachPort(index))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// sweep forgets ports whose device is gone, or whose index is another
+// device's by now, and with them their pins.
+func (d *DataPath) sweep() error {
+	devices, err := netdev.Devices()
+	if err != nil {
+		return err
+	}
+	alive := make(map[int]bool, len(devices))
+	for _, dev := range devices {
+		alive[dev.Index] = dev.Index == d.bridge || d.attached(dev.Index, bpf.PortIn)
+	}
+	var errs []error
+	for index := range d.ports {
+		if !alive[index] {
+			errs = append(errs, d.removePortLocked(index))
+		}
+	}
+	return errors.Join(append(errs, d.objs.SweepLinks())...)
+}
+
+// Name is overlay.FastDP.
+func (d *DataPath) Name() string { return overlay.FastDP }
+
+// Counters returns frames counted by event; see bpf.Objects.Counters for the
+// names.
+func (d *DataPath) Counters() (map[string]uint64, error) { return d.objs.Counters() }
+
+// Run passes arriving probes on until ctx ends.
+func (d *DataPath) Run(ctx context.Context) error {
+	return d.objs.ReadProbes(ctx, func(p bpf.Probe) {
+		if d.cfg.OnProbe != nil {
+			d.cfg.OnProbe(overlay.FastDP, peer.ShortID(p.From), p.Token, p.Size)
+		}
+	})
+}
+
+// Close lets go of the kernel's objects, to be called after Run has ended.
+// Forwarding goes on.
+func (d *DataPath) Close() error {
+	d.sendMu.Lock()
+	sockets := d.sockets
+	d.sockets = make(map[peer.ShortID]*socket)
+	d.sendMu.Unlock()
+	var errs []error
+	for _, s := range sockets {
+		errs = append(errs, s.conn.Close())
+	}
+	return errors.Join(append(errs, d.objs.Close())...)
+}
+
+// Remove takes every trace of the data path off the host: devices, programs,
+// tables and the mount of the BPF file system. No DataPath may be in use. It
+// goes on after an error, and is no error when nothing is there.
+func Remove(cfg Config) error {
+	var errs []error
+	// The devices first: containers are never on a bridge that does not
+	// isolate them.
+	errs = append(errs, removeVXLANs(cfg.Bridge), netdev.DeleteLink(vxlanName(cfg.Port)),
+		netdev.DeleteLink(cfg.Bridge), detachAllFilters())
+	if isBPF(cfg.PinDir) {
+		errs = append(errs, bpf.DetachAll(cfg.PinDir))
+	}
+	errs = append(errs, unmountBPF(cfg.PinDir))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("remove the fast data path: %w", err)
+	}
+	return nil
+}
+
+// neighbour is what is known of a neighbour by the last Apply.
+func (d *DataPath) neighbour(id peer.ShortID) (n overlay.Neighbour, self peer.ShortID, ok bool) {
+	d.sendMu.Lock()
+	defer d.sendMu.Unlock()
+	n, ok = d.neighbours[id]
+	return n, d.self, ok
+}
+
+// setNeighbours replaces what Probe and MTU know, and closes the sockets of
+// those who are gone or have moved.
+func (d *DataPath) setNeighbours(self peer.ShortID, list []overlay.Neighbour, partial bool) {
+	d.sendMu.Lock()
+	d.self = self
+	now := make(map[peer.ShortID]overlay.Neighbour, len(list))
+	if partial {
+		maps.Copy(now, d.neighbours)
+	}
+	for _, n := range list {
+		now[n.ShortID] = n
+	}
+	d.neighbours = now
+	var closing []*socket
+	for id, s := range d.sockets {
+		if n, ok := now[id]; !ok || s.local != n.Local || s.remote != n.Remote {
+			delete(d.sockets, id)
+			closing = append(closing, s)
+		}
+	}
+	d.sendMu.Unlock()
+	for _, s := range closing {
+		_ = s.conn.Close() // a UDP socket has nothing to lose
+	}
+}
+
+// usable says whether VXLAN can be sent to an underlay address: one that
+// needs a zone cannot be named in a tunnel key.
+func usable(a netip.Addr) bool {
+	return a.IsValid() && a.Zone() == "" && !a.IsUnspecified() && !a.IsMulticast()
+}

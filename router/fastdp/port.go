@@ -1,0 +1,88 @@
+package fastdp
+
+import (
+	"errors"
+	"fmt"
+
+	"weave.local/router/bpf"
+	"weave.local/router/overlay"
+)
+
+// SetPort adds a local port or replaces what is known of it. The bridge
+// itself is the exposed host: its frames are not checked, since it may route
+// for others.
+func (d *DataPath) SetPort(p overlay.Port) error {
+	port, err := bpf.PortOf(bpf.MAC(p.MAC), p.Addrs)
+	if err != nil {
+		return fmt.Errorf("port %s: %w", p.IfName, err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	old, replaced := d.ports[p.IfIndex]
+	// The tables first: no program may meet a port that it does not know.
+	err = errors.Join(
+		d.objs.Ports.Put(uint32(p.IfIndex), port),
+		d.objs.Endpoints.Put(port.MAC, bpf.Endpoint{Subnets: port.Subnets}))
+	if err != nil {
+		return err
+	}
+	d.ports[p.IfIndex] = port
+	if replaced && old.MAC != port.MAC {
+		if err := d.releaseMACLocked(old.MAC); err != nil {
+			return err
+		}
+	}
+	if p.IfIndex == d.bridge {
+		return nil
+	}
+	if err := d.attachPort(p.IfIndex); err != nil {
+		if !replaced {
+			err = errors.Join(err, d.removePortLocked(p.IfIndex))
+		}
+		return fmt.Errorf("port %s: %w", p.IfName, err)
+	}
+	return nil
+}
+
+func (d *DataPath) attachPort(index int) error {
+	if err := d.attach(index, bpf.PortIn); err != nil {
+		return err
+	}
+	return d.attach(index, bpf.PortOut)
+}
+
+// RemovePort forgets a port. A device that is gone already is no error.
+func (d *DataPath) RemovePort(ifIndex int) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.removePortLocked(ifIndex)
+}
+
+func (d *DataPath) removePortLocked(index int) error {
+	p, known := d.ports[index]
+	delete(d.ports, index)
+	// Programs drop the frames of a port they do not know, so nothing
+	// passes unchecked between these steps.
+	errs := []error{d.objs.Ports.Delete(uint32(index))}
+	if known {
+		errs = append(errs, d.releaseMACLocked(p.MAC))
+	}
+	if index != d.bridge {
+		errs = append(errs, d.detach(index, bpf.PortIn), d.detach(index, bpf.PortOut))
+	}
+	return errors.Join(errs...)
+}
+
+// releaseMACLocked gives an address back that a port held: to another port
+// with the same one, else to the peer that announces it, else to nobody.
+func (d *DataPath) releaseMACLocked(mac bpf.MAC) error {
+	for _, p := range d.ports {
+		if p.MAC == mac {
+			return d.objs.Endpoints.Put(mac, bpf.Endpoint{Subnets: p.Subnets})
+		}
+	}
+	if e, ok := d.remote[mac]; ok {
+		return d.objs.Endpoints.Put(mac, e)
+	}
+	return d.objs.Endpoints.Delete(mac)
+}

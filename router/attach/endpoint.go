@@ -1,0 +1,120 @@
+package attach
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"weave.local/router/netdev"
+	"weave.local/router/overlay"
+)
+
+// EndpointSpec describes an endpoint that another program moves into a
+// container. Its addresses are allocated already.
+type EndpointSpec struct {
+	ID    string      // at least nine characters, the first nine unique
+	MAC   overlay.MAC // zero: choose one
+	Addrs []netip.Prefix
+}
+
+// Endpoint is what CreateEndpoint made: a veth pair whose host end is on the
+// bridge and whose peer end waits on the host to be moved.
+type Endpoint struct {
+	MAC            overlay.MAC
+	HostIf, PeerIf string
+}
+
+// CreateEndpoint announces an endpoint and makes its veth pair, host end up and
+// on the bridge. An endpoint of that id that exists already is an error.
+func (m *Manager) CreateEndpoint(ctx context.Context, spec EndpointSpec) (_ Endpoint, err error) {
+	if len(spec.ID) < endpointChars {
+		return Endpoint{}, fmt.Errorf("endpoint id %q is too short: want at least %d characters", spec.ID, endpointChars)
+	}
+	unlock, err := m.keys.lock(ctx, spec.ID)
+	if err != nil {
+		return Endpoint{}, err
+	}
+	defer unlock()
+	if old := m.get(spec.ID); old != nil {
+		if old.Kind != KindEndpoint || old.ifIndex != 0 {
+			return Endpoint{}, fmt.Errorf("endpoint %s exists already", spec.ID)
+		}
+	}
+	short := spec.ID[:endpointChars]
+	r := &record{ID: spec.ID, Kind: KindEndpoint, MAC: spec.MAC, Addrs: spec.Addrs,
+		HostIf: endpointPrefix + short, PeerIf: endpointPeer + short}
+	if r.MAC == (overlay.MAC{}) {
+		r.MAC = netdev.RandomMAC()
+	}
+	if other := m.named(r.HostIf, r.ID); other != "" {
+		return Endpoint{}, fmt.Errorf("endpoint %s: its device %s belongs to endpoint %s", r.ID, r.HostIf, other)
+	}
+	for _, p := range r.Addrs {
+		if err := m.checkHolder(r.ID, p); err != nil {
+			return Endpoint{}, err
+		}
+	}
+	var u undo
+	defer func() {
+		if err != nil {
+			u.run(m.cfg.Log)
+		}
+	}()
+	u.add(func() error { return m.forget(r) })
+	if err := m.save(r); err != nil {
+		return Endpoint{}, err
+	}
+	if err := m.createPair(r, "", &u); err != nil {
+		return Endpoint{}, fmt.Errorf("endpoint %s: %w", r.ID, err)
+	}
+	if err := netdev.SetUp(r.HostIf); err != nil {
+		return Endpoint{}, err
+	}
+	return Endpoint{MAC: r.MAC, HostIf: r.HostIf, PeerIf: r.PeerIf}, nil
+}
+
+// named returns the id of another record with that device, "" for none.
+func (m *Manager) named(hostIf, id string) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, r := range m.records {
+		if r.HostIf == hostIf && r.ID != id && r.ifIndex != 0 {
+			return r.ID
+		}
+	}
+	return ""
+}
+
+// JoinEndpoint notes in which namespace an endpoint is, for List. An unknown id
+// is an error.
+func (m *Manager) JoinEndpoint(ctx context.Context, id, netns string) error {
+	unlock, err := m.keys.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r := m.get(id)
+	if r == nil || r.Kind != KindEndpoint {
+		return fmt.Errorf("there is no endpoint %s", id)
+	}
+	r.NetNS = netns
+	return m.save(r)
+}
+
+// DeleteEndpoint removes what CreateEndpoint made; an unknown id is no error.
+// The addresses stay allocated.
+func (m *Manager) DeleteEndpoint(ctx context.Context, id string) error {
+	unlock, err := m.keys.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r := m.get(id)
+	if r == nil || r.Kind != KindEndpoint {
+		return nil
+	}
+	if err := m.unplug(r); err != nil {
+		return fmt.Errorf("endpoint %s: %w", id, err)
+	}
+	return m.forget(r)
+}

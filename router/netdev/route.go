@@ -1,0 +1,119 @@
+package netdev
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// ethernetMTU is taken when there is no device to go by.
+const ethernetMTU = 1500
+
+// Route is a route of the main table.
+type Route struct {
+	Dst netip.Prefix
+	Dev string
+}
+
+// OverlappingRoute returns a route of the host that has addresses in common
+// with a range, leaving out default routes and those through the named
+// devices.
+func OverlappingRoute(r netip.Prefix, ignore ...string) (Route, bool, error) {
+	routes, err := netlink.RouteListFiltered(family(r), &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return Route{}, false, fmt.Errorf("list routes: %w", err)
+	}
+	names, err := deviceNames()
+	if err != nil {
+		return Route{}, false, err
+	}
+	for _, route := range routes {
+		dst, dev := prefix(route.Dst), names[route.LinkIndex]
+		if !usable(dst) || dst.Bits() == 0 || !dst.Overlaps(r) || slices.Contains(ignore, dev) {
+			continue
+		}
+		return Route{Dst: dst, Dev: dev}, true, nil
+	}
+	return Route{}, false, nil
+}
+
+func family(p netip.Prefix) int {
+	if p.Addr().Is4() {
+		return netlink.FAMILY_V4
+	}
+	return netlink.FAMILY_V6
+}
+
+func deviceNames() (map[int]string, error) {
+	all, err := Devices()
+	if err != nil {
+		return nil, err
+	}
+	names := make(map[int]string, len(all))
+	for _, d := range all {
+		names[d.Index] = d.Name
+	}
+	return names, nil
+}
+
+// DefaultUnderlayMTU is the smallest MTU of the devices that traffic to other
+// hosts may leave through: those of the default routes or, when there are
+// none, those with global addresses other than bridges and their ports. It is
+// 1500 when there is no such device. Devices named in ignore are left out.
+func DefaultUnderlayMTU(ignore ...string) (int, error) {
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return 0, fmt.Errorf("list routes: %w", err)
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return 0, fmt.Errorf("list devices: %w", err)
+	}
+	leads := make(map[int]bool)
+	for _, r := range routes {
+		if r.Dst != nil && prefix(r.Dst).Bits() != 0 {
+			continue
+		}
+		leads[r.LinkIndex] = true
+		for _, hop := range r.MultiPath {
+			leads[hop.LinkIndex] = true
+		}
+	}
+	usable := func(l netlink.Link) bool {
+		a := l.Attrs()
+		return a.Flags&net.FlagUp != 0 && a.Flags&net.FlagLoopback == 0 && !slices.Contains(ignore, a.Name)
+	}
+	if mtu := smallestMTU(links, func(l netlink.Link) bool { return usable(l) && leads[l.Attrs().Index] }); mtu != 0 {
+		return mtu, nil
+	}
+	mtu := smallestMTU(links, func(l netlink.Link) bool {
+		local := l.Type() == "bridge" || l.Attrs().MasterIndex != 0 || strings.HasPrefix(l.Attrs().Name, "docker")
+		return usable(l) && !local && hasGlobalAddr(l)
+	})
+	if mtu == 0 {
+		mtu = ethernetMTU
+	}
+	return mtu, nil
+}
+
+func smallestMTU(links []netlink.Link, want func(netlink.Link) bool) int {
+	smallest := 0
+	for _, l := range links {
+		if mtu := l.Attrs().MTU; want(l) && (smallest == 0 || mtu < smallest) {
+			smallest = mtu
+		}
+	}
+	return smallest
+}
+
+func hasGlobalAddr(l netlink.Link) bool {
+	addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+	return err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+		return prefix(a.IPNet).Addr().IsGlobalUnicast()
+	})
+}

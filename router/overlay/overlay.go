@@ -66,6 +66,10 @@ type Tree struct {
 // Forwarding is the whole desired state of the data paths. It is applied as
 // one value: what it does not name is removed.
 type Forwarding struct {
+	// Partial says that this is not all yet: what is named is added or
+	// replaced and nothing is removed. A restarted daemon applies partial
+	// states while it gathers what it knew before.
+	Partial    bool
 	Self       peer.ShortID
 	Neighbours []Neighbour
 	Hops       map[peer.ShortID]Hop  // by destination; also holds each neighbour itself

@@ -1,0 +1,73 @@
+package api
+
+import (
+	"net/http"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// metrics serves the state of the router in Prometheus' text format, gathered
+// anew at each request.
+func (s *Server) metrics() http.Handler {
+	reg := prometheus.NewRegistry()
+	reg.MustRegister(
+		&reportCollector{report: s.Report},
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	return promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
+}
+
+type reportCollector struct{ report func() *Report }
+
+// Describe sends nothing: which labels there are depends on the state.
+func (c *reportCollector) Describe(chan<- *prometheus.Desc) {}
+
+// Collect implements prometheus.Collector.
+func (c *reportCollector) Collect(ch chan<- prometheus.Metric) {
+	r := c.report()
+	gauge := func(name, help string, v float64, labels map[string]string) {
+		ch <- prometheus.MustNewConstMetric(prometheus.NewDesc(name, help, nil, labels), prometheus.GaugeValue, v)
+	}
+	type kind struct{ state, path string }
+	count := make(map[kind]int)
+	for _, s := range connectionStates() {
+		count[kind{s, "unknown"}] = 0
+	}
+	for _, conn := range r.Router.Connections {
+		path := "unknown"
+		if first, _, ok := strings.Cut(conn.Info, " "); ok && conn.State == "established" {
+			path = first
+		}
+		count[kind{conn.State, path}]++
+	}
+	for k, n := range count {
+		gauge("weave_connections", "Connections to other peers by state and data path.", float64(n),
+			map[string]string{"state": k.state, "type": k.path, "encryption": ""})
+	}
+	gauge("weave_peers", "Peers in the link state, this one included.", float64(len(r.Router.Peers)), nil)
+	if i := r.IPAM; i != nil {
+		gauge("weave_ips", "Addresses of the range in use here.", float64(i.ActiveIPs), map[string]string{"state": "local-used"})
+		gauge("weave_max_ips", "Addresses in the range.", float64(i.RangeNumIPs), nil)
+		unreachable := 0
+		for _, e := range i.Entries {
+			if !e.IsKnownPeer {
+				unreachable++
+			}
+		}
+		gauge("weave_ipam_unreachable_count", "Peers that hold addresses and can't be reached.", float64(unreachable), nil)
+		gauge("weave_ipam_pending_allocates", "Allocations that wait.", float64(len(i.PendingAllocates)), nil)
+		gauge("weave_ipam_pending_claims", "Claims that wait.", float64(len(i.PendingClaims)), nil)
+	}
+	for path, counters := range map[string]map[string]uint64{
+		"fastdp": r.Router.OverlayDiagnostics.FastDP, "sleeve": r.Router.OverlayDiagnostics.Sleeve,
+	} {
+		for event, n := range counters {
+			ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("weave_frames_total", "Frames by data path and what became of them.", nil,
+				map[string]string{"path": path, "event": event}), prometheus.CounterValue, float64(n))
+		}
+	}
+}

@@ -1,0 +1,220 @@
+package router
+
+import (
+	"fmt"
+	"time"
+)
+
+// Timing of probes. A path that stops carrying frames is left after deadAfter
+// plus one probe interval, below the five seconds users are promised; one that
+// comes back is used again after recoverAcks answers.
+const (
+	probeEvery    = time.Second            // on a path in good order
+	probeFast     = 200 * time.Millisecond // while something is being found out
+	probeSlow     = time.Second            // on a path that has been down for a while
+	fastPhase     = 5 * time.Second        // how long a path is probed fast before it counts as down for a while
+	deadAfter     = 2500 * time.Millisecond
+	answerIn      = 600 * time.Millisecond // a probe without answer for so long is lost
+	recoverAcks   = 3
+	sizeTries     = 3                // lost probes before a size is given up
+	raiseInterval = 60 * time.Second // how often a larger size is tried again (RFC 8899 PMTU_RAISE_TIMER is 600 s; an overlay's paths change faster)
+)
+
+// smallProbe tells "the path is dead" from "the path is narrower than we
+// think": it fits any underlay that can carry IPv6 (RFC 8200 §5).
+const smallProbe = 1200
+
+// commonSizes are inner packet sizes that real underlays leave room for,
+// largest first: jumbo frames, Ethernet, PPPoE, common clouds and tunnels, and
+// the IPv6 minimum. A search by likely sizes ends sooner than a bisection
+// (RFC 8899 §5.3.2).
+func commonSizes() []int {
+	return []int{8951, 8950, 8931, 1450, 1442, 1430, 1422, 1410, 1400, 1390, 1376, 1358, 1330, 1300, 1270, 1230, smallProbe}
+}
+
+// nextSize is the largest common size below limit, or 0.
+func nextSize(limit int) int {
+	for _, s := range commonSizes() {
+		if s < limit {
+			return s
+		}
+	}
+	return 0
+}
+
+type sentProbe struct {
+	size int
+	at   time.Time
+}
+
+// pathState finds out whether one data path carries frames to one neighbour
+// and how large they may be. It is pure: events and the time come in, sizes of
+// probes to send go out.
+//
+// Invariant: up implies mtu > 0.
+type pathState struct {
+	name   string
+	up     bool // frames we send arrive
+	peerUp bool // the neighbour says the same of its direction
+	mtu    int  // largest IP packet proven to pass, bytes; 0 when none
+	limit  int  // largest size worth trying, from the underlay device and its errors
+	trying int  // size under test; equals mtu when nothing is searched
+
+	pending   map[uint64]sentProbe
+	lost      int // lost probes of size trying, in a row
+	acks      int // answers in a row
+	begun     time.Time
+	lastSent  time.Time
+	lastAck   time.Time
+	lastSmall time.Time
+	lastRaise time.Time
+	wasUp     bool
+	sendErr   string
+	reason    string // why the path is not up
+}
+
+func newPathState(name string, now time.Time) *pathState {
+	return &pathState{name: name, pending: make(map[uint64]sentProbe), begun: now, reason: "not yet answered"}
+}
+
+// usable says that frames pass in both directions.
+func (p *pathState) usable() bool { return p.up && p.peerUp }
+
+// why says in words why the path is not usable; empty when it is.
+func (p *pathState) why() string {
+	switch {
+	case !p.up && p.sendErr != "":
+		return p.sendErr
+	case !p.up:
+		return p.reason
+	case !p.peerUp:
+		return "probes from the other side get no answer"
+	}
+	return ""
+}
+
+func (p *pathState) interval(now time.Time) time.Duration {
+	switch {
+	case p.up && p.trying == p.mtu && p.lost == 0:
+		return probeEvery
+	case !p.up && now.Sub(p.begun) > fastPhase && p.acks == 0:
+		return probeSlow
+	}
+	return probeFast
+}
+
+// tick returns the sizes of the probes that are due. limit is what the path
+// itself believes it can carry now; 0 when it does not know the neighbour.
+func (p *pathState) tick(now time.Time, limit int) []int {
+	p.setLimit(limit)
+	p.expire(now)
+	if p.up && now.Sub(p.lastAck) > deadAfter {
+		p.fall(now, fmt.Sprintf("no answer to probes for %.1fs", now.Sub(p.lastAck).Seconds()))
+	}
+	if p.limit == 0 || now.Sub(p.lastSent) < p.interval(now) {
+		return nil
+	}
+	p.lastSent = now
+	if p.up && p.mtu < p.limit && p.trying == p.mtu && now.Sub(p.lastRaise) > raiseInterval {
+		p.lastRaise = now
+		p.trying, p.lost = p.limit, 0
+	}
+	sizes := []int{p.trying}
+	if (p.lost > 0 || !p.up || p.trying > p.mtu) && p.trying > smallProbe {
+		sizes = append(sizes, smallProbe)
+	}
+	return sizes
+}
+
+func (p *pathState) setLimit(limit int) {
+	if limit == p.limit {
+		return
+	}
+	p.limit = limit
+	if p.trying == 0 || p.trying > limit || p.mtu == 0 {
+		p.trying, p.lost = limit, 0
+	}
+	if p.mtu > limit {
+		p.mtu = limit
+	}
+}
+
+// expire counts probes that got no answer.
+func (p *pathState) expire(now time.Time) {
+	for token, s := range p.pending {
+		if now.Sub(s.at) <= answerIn {
+			continue
+		}
+		delete(p.pending, token)
+		p.acks = 0
+		if s.size == p.trying {
+			p.lost++
+		}
+	}
+	if p.lost >= sizeTries && now.Sub(p.lastSmall) < deadAfter {
+		p.narrow(p.trying)
+	}
+}
+
+// narrow gives up size and goes on with the next smaller one that is not yet
+// proven; with none left the search ends at what is proven.
+func (p *pathState) narrow(size int) {
+	p.lost = 0
+	floor := min(smallProbe, p.limit)
+	if p.mtu >= size {
+		p.mtu = 0
+		if p.up { // only small probes kept it up
+			p.mtu = floor
+		}
+	}
+	p.trying = max(nextSize(size), floor, p.mtu)
+}
+
+// sent records a probe on its way.
+func (p *pathState) sent(token uint64, size int, now time.Time) {
+	p.pending[token] = sentProbe{size: size, at: now}
+}
+
+// refused records that the path itself turned a probe down: fits is the size
+// that would have passed (0 when unknown), err the reason when it was not size.
+func (p *pathState) refused(size, fits int, err error) {
+	if err != nil {
+		p.sendErr = err.Error()
+		return
+	}
+	if fits > 0 && fits < size {
+		p.limit = fits
+		p.mtu = min(p.mtu, fits)
+		p.trying, p.lost = fits, 0
+		return
+	}
+	p.narrow(size)
+}
+
+// ack records the answer to a probe; late and unknown answers are ignored.
+func (p *pathState) ack(token uint64, now time.Time) {
+	s, ok := p.pending[token]
+	if !ok {
+		return
+	}
+	delete(p.pending, token)
+	p.lastAck, p.sendErr = now, ""
+	if s.size <= smallProbe {
+		p.lastSmall = now
+	}
+	if s.size == p.trying {
+		p.mtu, p.lost = s.size, 0
+		p.acks++
+	}
+	if p.up || p.mtu == 0 {
+		return
+	}
+	if !p.wasUp || p.acks >= recoverAcks {
+		p.up, p.wasUp, p.reason = true, true, ""
+	}
+}
+
+func (p *pathState) fall(now time.Time, reason string) {
+	p.up, p.mtu, p.acks, p.reason = false, 0, 0, reason
+	p.trying, p.lost, p.begun = p.limit, 0, now
+}

@@ -1,0 +1,162 @@
+package router
+
+import (
+	"slices"
+
+	"weave.local/peer"
+	"weave.local/router/overlay"
+)
+
+// view is all a forwarding decision depends on.
+type view struct {
+	self       peer.Info
+	neighbours []overlay.Neighbour  // peers with a live control link
+	paths      map[peer.Name]string // usable data path to each neighbour; absent when there is none
+	peers      []peer.Info          // everybody in the link state, self included
+	nextHop    func(dst peer.Name) (peer.Name, bool)
+	tree       func(source peer.Name) (parent peer.Name, children []peer.Name, ok bool)
+}
+
+// route is what was last known of the way to a peer.
+type route struct {
+	info   peer.Info
+	via    peer.Name
+	path   string
+	parent peer.Name
+	kids   []peer.Name
+}
+
+// plan turns views into forwarding state and remembers what the views no
+// longer tell: the kernel path to a peer outlives that peer's daemon, so a
+// peer whose control link is gone and that nobody else reaches stays where it
+// was last seen. The memory of a peer ends when a newer route to it is known.
+type plan struct {
+	routes     map[peer.Name]route
+	neighbours map[peer.Name]overlay.Neighbour
+}
+
+func newPlan() *plan {
+	return &plan{routes: make(map[peer.Name]route), neighbours: make(map[peer.Name]overlay.Neighbour)}
+}
+
+// forget drops the memory of a peer that was removed for good.
+func (pl *plan) forget(name peer.Name) {
+	delete(pl.routes, name)
+	delete(pl.neighbours, name)
+}
+
+func (pl *plan) step(v view) overlay.Forwarding {
+	live := make(map[peer.Name]bool, len(v.neighbours))
+	for _, n := range v.neighbours {
+		live[n.Name] = true
+		pl.neighbours[n.Name] = n
+	}
+	known := make(map[peer.Name]bool, len(v.peers))
+	for _, p := range v.peers {
+		known[p.Name] = true
+		pl.learn(v, p, live)
+	}
+	pl.dropReusedIDs(known)
+	return pl.forwarding(v, live)
+}
+
+// learn updates the route to p; a peer without a route keeps its old one.
+func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
+	if p.ShortID == 0 {
+		return
+	}
+	r, before := pl.routes[p.Name]
+	r.info = p
+	if p.Name == v.self.Name {
+		_, r.kids, _ = v.tree(p.Name)
+		pl.routes[p.Name] = r
+		return
+	}
+	via, ok := v.nextHop(p.Name)
+	if !ok {
+		if before {
+			pl.routes[p.Name] = r
+		}
+		return
+	}
+	if path := v.paths[via]; path != "" {
+		r.via, r.path = via, path
+	} else if !before || r.via != via || !live[via] {
+		// A first route waits until its path is proven; a known one is
+		// kept while the new link's paths are still being probed.
+		r.via, r.path = via, ""
+	}
+	if parent, kids, ok := v.tree(p.Name); ok {
+		r.parent, r.kids = parent, kids
+	}
+	pl.routes[p.Name] = r
+}
+
+// dropReusedIDs forgets peers that are gone and whose short id now belongs to
+// somebody else.
+func (pl *plan) dropReusedIDs(known map[peer.Name]bool) {
+	owner := make(map[peer.ShortID]peer.Name, len(known))
+	for name := range known {
+		if r, ok := pl.routes[name]; ok {
+			owner[r.info.ShortID] = name
+		}
+	}
+	for name, r := range pl.routes {
+		if o, ok := owner[r.info.ShortID]; ok && o != name && !known[name] {
+			pl.forget(name)
+		}
+	}
+}
+
+func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
+	f := overlay.Forwarding{
+		Self:  v.self.ShortID,
+		Hops:  make(map[peer.ShortID]overlay.Hop, len(pl.routes)),
+		Trees: make(map[peer.ShortID]overlay.Tree, len(pl.routes)),
+	}
+	id := func(n peer.Name) peer.ShortID { return pl.routes[n].info.ShortID }
+	var silent []peer.ShortID // neighbours whose daemon is gone but whose kernel may still serve
+	for name, r := range pl.routes {
+		if name == v.self.Name {
+			continue
+		}
+		if r.path != "" && id(r.via) != 0 {
+			f.Hops[r.info.ShortID] = overlay.Hop{Via: id(r.via), Path: r.path}
+		}
+		tree := overlay.Tree{Parent: id(r.parent), Children: ids(r.kids, id)}
+		if tree.Parent != 0 {
+			f.Trees[r.info.ShortID] = tree
+		}
+		if r.via == name && r.path == overlay.FastDP && !live[name] {
+			silent = append(silent, r.info.ShortID)
+		}
+	}
+	own := ids(pl.routes[v.self.Name].kids, id)
+	for _, s := range silent {
+		if !slices.Contains(own, s) {
+			own = append(own, s)
+		}
+	}
+	slices.Sort(own)
+	f.Trees[f.Self] = overlay.Tree{Children: own}
+	for name, n := range pl.neighbours {
+		if live[name] || pl.routes[name].via == name {
+			if n.ShortID = id(name); n.ShortID != 0 {
+				f.Neighbours = append(f.Neighbours, n)
+			}
+		}
+	}
+	slices.SortFunc(f.Neighbours, func(a, b overlay.Neighbour) int { return int(a.ShortID) - int(b.ShortID) })
+	return f
+}
+
+func ids(names []peer.Name, id func(peer.Name) peer.ShortID) []peer.ShortID {
+	out := make([]peer.ShortID, 0, len(names))
+	for _, n := range names {
+		if s := id(n); s != 0 {
+			out = append(out, s)
+		}
+	}
+	slices.Sort(out)
+	return out
+}

@@ -1,0 +1,175 @@
+package router
+
+import (
+	"net/netip"
+	"slices"
+	"testing"
+
+	"weave.local/peer"
+	"weave.local/router/overlay"
+)
+
+// Peers of the tests: this one is a.
+const (
+	a peer.Name = iota + 0xa
+	b
+	c
+)
+
+func info(n peer.Name) peer.Info {
+	return peer.Info{Name: n, UID: peer.UID(n), ShortID: peer.ShortID(n), Port: 6783}
+}
+
+func neighbourOf(n peer.Name) overlay.Neighbour {
+	return overlay.Neighbour{Info: info(n), Remote: netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), Session: uint64(n)}
+}
+
+// fullView is what a sees of
+//
+//	a --- b
+//	 \   /
+//	   c
+func fullView() view {
+	return view{
+		self:       info(a),
+		neighbours: []overlay.Neighbour{neighbourOf(b), neighbourOf(c)},
+		paths:      map[peer.Name]string{b: overlay.FastDP, c: overlay.FastDP},
+		peers:      []peer.Info{info(a), info(b), info(c)},
+		nextHop:    func(n peer.Name) (peer.Name, bool) { return n, true },
+		tree: func(s peer.Name) (peer.Name, []peer.Name, bool) {
+			if s == a {
+				return 0, []peer.Name{b, c}, true
+			}
+			return s, nil, true
+		},
+	}
+}
+
+// cutView is the same after the link a-c broke: c is reached through b.
+//
+//	a --- b --- c
+func cutView() view {
+	v := fullView()
+	v.neighbours = v.neighbours[:1]
+	delete(v.paths, c)
+	v.nextHop = func(peer.Name) (peer.Name, bool) { return b, true }
+	v.tree = func(s peer.Name) (peer.Name, []peer.Name, bool) {
+		if s == a {
+			return 0, []peer.Name{b}, true
+		}
+		return b, nil, true
+	}
+	return v
+}
+
+// deadView is what a sees when the daemon of c was killed: nobody has a link
+// to c any more.
+func deadView() view {
+	v := cutView()
+	v.nextHop = func(n peer.Name) (peer.Name, bool) { return b, n == b }
+	tree := v.tree
+	v.tree = func(s peer.Name) (peer.Name, []peer.Name, bool) {
+		if s == c {
+			return 0, nil, false
+		}
+		return tree(s)
+	}
+	return v
+}
+
+func hop(t *testing.T, f overlay.Forwarding, to peer.Name, via peer.Name, path string) {
+	t.Helper()
+	got, ok := f.Hops[peer.ShortID(to)]
+	if want := (overlay.Hop{Via: peer.ShortID(via), Path: path}); !ok || got != want {
+		t.Errorf("hop to %v: %v (known %v), want %v", to, got, ok, want)
+	}
+}
+
+func isNeighbour(f overlay.Forwarding, n peer.Name) bool {
+	return slices.ContainsFunc(f.Neighbours, func(x overlay.Neighbour) bool { return x.Name == n })
+}
+
+func TestPlanDirect(t *testing.T) {
+	f := newPlan().step(fullView())
+	hop(t, f, b, b, overlay.FastDP)
+	hop(t, f, c, c, overlay.FastDP)
+	if kids := f.Trees[f.Self].Children; !slices.Equal(kids, []peer.ShortID{peer.ShortID(b), peer.ShortID(c)}) {
+		t.Errorf("own broadcasts go to %v", kids)
+	}
+	if parent := f.Trees[peer.ShortID(c)].Parent; parent != peer.ShortID(c) {
+		t.Errorf("broadcasts of c accepted from %v", parent)
+	}
+}
+
+func TestPlanNoHopBeforeAPathIsProven(t *testing.T) {
+	v := fullView()
+	v.paths = nil
+	f := newPlan().step(v)
+	if len(f.Hops) != 0 {
+		t.Errorf("hops %v over paths nobody has seen carry a frame", f.Hops)
+	}
+	if !isNeighbour(f, b) {
+		t.Error("a neighbour that is not announced to the data paths can't be probed")
+	}
+}
+
+func TestPlanRelaysAroundACut(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	f := p.step(cutView())
+	hop(t, f, c, b, overlay.FastDP)
+	if isNeighbour(f, c) {
+		t.Error("c still counts as neighbour although it is reached through b")
+	}
+	if kids := f.Trees[f.Self].Children; !slices.Equal(kids, []peer.ShortID{peer.ShortID(b)}) {
+		t.Errorf("own broadcasts go to %v: c would get them twice", kids)
+	}
+}
+
+func TestPlanKeepsThePathToAKilledDaemon(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	f := p.step(deadView())
+	hop(t, f, c, c, overlay.FastDP)
+	if !isNeighbour(f, c) {
+		t.Error("frames of c's kernel are not accepted any more")
+	}
+	if kids := f.Trees[f.Self].Children; !slices.Contains(kids, peer.ShortID(c)) {
+		t.Errorf("broadcasts go to %v: c's containers get no ARP", kids)
+	}
+	if f.Trees[peer.ShortID(c)].Parent != peer.ShortID(c) {
+		t.Error("broadcasts of c's kernel are not accepted any more")
+	}
+	// The daemon of c comes back; until its paths are proven again the old
+	// hop stands.
+	back := fullView()
+	delete(back.paths, c)
+	hop(t, p.step(back), c, c, overlay.FastDP)
+}
+
+func TestPlanForgets(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	p.forget(c)
+	v := deadView()
+	v.peers = v.peers[:2]
+	f := p.step(v)
+	if _, ok := f.Hops[peer.ShortID(c)]; ok || isNeighbour(f, c) {
+		t.Error("a removed peer is still forwarded to")
+	}
+}
+
+func TestPlanGivesAReusedShortIDToItsNewOwner(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	v := deadView()
+	d := info(0xd)
+	d.ShortID = peer.ShortID(c)
+	v.peers = []peer.Info{info(a), info(b), d}
+	v.nextHop = func(n peer.Name) (peer.Name, bool) { return b, n != c }
+	f := p.step(v)
+	hop(t, f, c, b, overlay.FastDP) // the short id of c, now that of d
+	if isNeighbour(f, c) {
+		t.Error("the old owner of the short id is still a neighbour")
+	}
+}

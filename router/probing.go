@@ -1,0 +1,226 @@
+package router
+
+import (
+	"errors"
+	"time"
+
+	"weave.local/peer"
+	"weave.local/peer/link"
+	"weave.local/router/overlay"
+)
+
+// reportEvery is how often a neighbour is told which paths it reaches us over;
+// changes are told at once.
+const reportEvery = time.Second
+
+// refresh takes over the neighbours of the mesh. A neighbour whose control
+// link was replaced keeps what is known of its paths.
+func (r *Router) refresh(now time.Time) {
+	links := r.cfg.Mesh.Neighbours()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	seen := make(map[peer.Name]bool, len(links))
+	r.byShortID = make(map[peer.ShortID]peer.Name, len(links))
+	for _, l := range links {
+		seen[l.Name] = true
+		n := r.neighbours[l.Name]
+		if n == nil || n.UID != l.UID {
+			n = r.newNeighbour(now)
+			r.neighbours[l.Name] = n
+		}
+		n.Neighbour = toOverlay(l)
+		n.outbound, n.addr = l.Outbound, l.Remote.String()
+		if l.ShortID != 0 {
+			r.byShortID[l.ShortID] = l.Name
+		}
+	}
+	for name := range r.neighbours {
+		if !seen[name] {
+			delete(r.neighbours, name)
+		}
+	}
+}
+
+func (r *Router) newNeighbour(now time.Time) *neighbour {
+	n := &neighbour{}
+	for _, p := range r.paths {
+		n.paths = append(n.paths, newPathState(p.Name(), now))
+	}
+	return n
+}
+
+func toOverlay(l link.Neighbour) overlay.Neighbour {
+	return overlay.Neighbour{
+		Info:    l.Info,
+		Local:   l.Local.Addr().Unmap(),
+		Remote:  l.Remote.Addr().Unmap(),
+		Session: l.Session,
+	}
+}
+
+type dueProbe struct {
+	to    peer.Name
+	id    peer.ShortID
+	path  int
+	token uint64
+	size  int
+}
+
+// probe sends what is due and says whether the path to any neighbour changed.
+func (r *Router) probe(now time.Time) bool {
+	for _, d := range r.dueProbes(now) {
+		err := r.paths[d.path].Probe(d.id, d.token, d.size)
+		if err != nil {
+			r.probeRefused(d, err)
+		}
+	}
+	r.report(now)
+	return r.choose()
+}
+
+func (r *Router) dueProbes(now time.Time) []dueProbe {
+	limits := r.limits()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var due []dueProbe
+	for name, n := range r.neighbours {
+		if n.ShortID == 0 {
+			continue
+		}
+		for i, p := range n.paths {
+			for _, size := range p.tick(now, limits[n.ShortID][i]) {
+				token := r.nextID()
+				p.sent(token, size, now)
+				due = append(due, dueProbe{to: name, id: n.ShortID, path: i, token: token, size: size})
+			}
+		}
+	}
+	return due
+}
+
+// limits asks each path for its device's limit, outside the lock.
+func (r *Router) limits() map[peer.ShortID][]int {
+	r.mu.Lock()
+	known := make([]peer.ShortID, 0, len(r.neighbours))
+	for _, n := range r.neighbours {
+		if n.ShortID != 0 {
+			known = append(known, n.ShortID)
+		}
+	}
+	r.mu.Unlock()
+	limits := make(map[peer.ShortID][]int, len(known))
+	for _, id := range known {
+		for _, p := range r.paths {
+			limits[id] = append(limits[id], p.MTU(id))
+		}
+	}
+	return limits
+}
+
+func (r *Router) probeRefused(d dueProbe, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := r.neighbours[d.to]
+	if n == nil {
+		return
+	}
+	p := n.paths[d.path]
+	delete(p.pending, d.token)
+	if tooBig := (*overlay.TooBigError)(nil); errors.As(err, &tooBig) {
+		p.refused(d.size, tooBig.MTU, nil)
+		return
+	}
+	p.refused(d.size, 0, err)
+}
+
+// report tells neighbours over which paths our frames reach them, which is
+// what they cannot see themselves.
+func (r *Router) report(now time.Time) {
+	type note struct {
+		to     peer.Name
+		health byte
+	}
+	var notes []note
+	r.mu.Lock()
+	for name, n := range r.neighbours {
+		var health byte
+		for _, p := range n.paths {
+			if p.up {
+				health |= 1 << pathCode(p.name)
+			}
+		}
+		if health == n.told && now.Sub(n.reported) < reportEvery {
+			continue
+		}
+		n.told, n.reported = health, now
+		notes = append(notes, note{to: name, health: health})
+	}
+	r.mu.Unlock()
+	for _, n := range notes {
+		r.send(n.to, report(n.health))
+	}
+}
+
+// receive handles a message of another router.
+func (r *Router) receive(from peer.Name, b []byte) {
+	m, err := parseMessage(b)
+	if err != nil {
+		r.cfg.Log.Debug("router message ignored", "peer", from, "err", err)
+		return
+	}
+	now := time.Now()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := r.neighbours[from]
+	if n == nil {
+		return
+	}
+	for _, p := range n.paths {
+		switch {
+		case m.typ == typeReport:
+			p.peerUp = m.health&(1<<pathCode(p.name)) != 0
+		case p.name == m.path:
+			p.ack(m.token, now)
+		}
+	}
+}
+
+// choose picks the best usable path to each neighbour and says whether any
+// choice changed. With none usable the last choice stands: frames have no
+// better way to go.
+func (r *Router) choose() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	changed := false
+	for _, n := range r.neighbours {
+		best := ""
+		for _, p := range n.paths {
+			if p.usable() {
+				best = p.name
+				break
+			}
+		}
+		if best == n.chosen {
+			continue
+		}
+		r.cfg.Log.Info("data path", "peer", n.Info.String(), "was", n.chosen, "now", best, "reason", n.reason(best))
+		n.chosen, changed = best, true
+	}
+	return changed
+}
+
+// reason says why paths better than chosen are not used; empty when chosen is
+// the best there is.
+func (n *neighbour) reason(chosen string) string {
+	out := ""
+	for _, p := range n.paths {
+		if p.name == chosen {
+			break
+		}
+		if out != "" {
+			out += "; "
+		}
+		out += p.name + ": " + p.why()
+	}
+	return out
+}

@@ -1,0 +1,341 @@
+// Package router decides over which data path each peer is reached and where
+// frames go. It probes every path to every neighbour all the time, gathers the
+// link state and the announced endpoints, and hands the data paths one desired
+// forwarding state whenever any of these change.
+package router
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"weave.local/peer"
+	"weave.local/peer/gossip"
+	"weave.local/peer/link"
+	"weave.local/router/overlay"
+)
+
+// TableName is the replicated table of endpoints.
+const TableName = "endpoints"
+
+const (
+	tickEvery  = 100 * time.Millisecond
+	coalesce   = 20 * time.Millisecond // changes within it make one forwarding state
+	retryApply = time.Second
+	holdQuiet  = 1500 * time.Millisecond
+	holdMax    = 10 * time.Second
+
+	maxComplaints = 1000 // entries complained about at most
+)
+
+// Config is what a Router is made of.
+type Config struct {
+	Mesh  *link.Mesh
+	Table *gossip.Table // named TableName
+	// Hold says that the kernel already forwards, left so by an earlier
+	// run: forwarding states are partial until links, paths and endpoints
+	// have come to rest, so that nothing is taken away that is merely not
+	// known yet.
+	Hold bool
+	Log  *slog.Logger
+}
+
+// Router chooses paths. Its methods may be called from several goroutines.
+type Router struct {
+	cfg    Config
+	sw     overlay.Switch
+	paths  []overlay.Overlay // in order of preference
+	kick   chan struct{}
+	nextID func() uint64
+
+	mu         sync.Mutex // guards what follows; never held during I/O
+	neighbours map[peer.Name]*neighbour
+	byShortID  map[peer.ShortID]peer.Name
+	local      map[int]localPort
+	published  bool
+	plan       *plan
+	badEntries map[string]bool // endpoint entries already complained about
+}
+
+type neighbour struct {
+	overlay.Neighbour
+	outbound bool
+	addr     string
+	paths    []*pathState // parallel to Router.paths
+	reported time.Time
+	told     byte
+	chosen   string // usable path in use, "" when none
+}
+
+type localPort struct {
+	overlay.Port
+	seq uint64
+}
+
+// New makes a Router over the data paths given in order of preference, the
+// first of which owns the bridge's ports.
+func New(cfg Config) *Router {
+	r := &Router{
+		cfg:        cfg,
+		kick:       make(chan struct{}, 1),
+		nextID:     rand.Uint64,
+		neighbours: make(map[peer.Name]*neighbour),
+		byShortID:  make(map[peer.ShortID]peer.Name),
+		local:      make(map[int]localPort),
+		plan:       newPlan(),
+		badEntries: make(map[string]bool),
+	}
+	cfg.Mesh.Handle(MessageKind, r.receive)
+	return r
+}
+
+// Use sets the data paths: sw, which also owns the bridge's ports, and all
+// paths in order of preference. It must be called once, before any port is set
+// and before Run.
+func (r *Router) Use(sw overlay.Switch, paths ...overlay.Overlay) { r.sw, r.paths = sw, paths }
+
+// SetLocal adds a local port, or replaces it, and announces its endpoint.
+func (r *Router) SetLocal(p overlay.Port) error {
+	if err := r.sw.SetPort(p); err != nil {
+		return fmt.Errorf("port %s: %w", p.IfName, err)
+	}
+	now := uint64(time.Now().UnixNano())
+	r.mu.Lock()
+	old, replaced := r.local[p.IfIndex]
+	r.local[p.IfIndex] = localPort{Port: p, seq: now}
+	published := r.published
+	r.mu.Unlock()
+	if !published {
+		return nil
+	}
+	if replaced && old.MAC != p.MAC {
+		r.cfg.Table.Delete(string(old.MAC[:]))
+	}
+	r.cfg.Table.Set(string(p.MAC[:]), appendEndpoint(nil, now, p.Addrs))
+	return nil
+}
+
+// RemoveLocal withdraws a local port; an unknown one is no error.
+func (r *Router) RemoveLocal(ifIndex int) error {
+	r.mu.Lock()
+	p, ok := r.local[ifIndex]
+	delete(r.local, ifIndex)
+	published := r.published
+	r.mu.Unlock()
+	if ok && published {
+		r.cfg.Table.Delete(string(p.MAC[:]))
+	}
+	return r.sw.RemovePort(ifIndex)
+}
+
+// Publish announces all local ports set so far in one go. Until then they are
+// only known here, so that a restarted peer never announces half of what it
+// has. Call it once, before the gossip runs.
+func (r *Router) Publish() {
+	r.mu.Lock()
+	entries := make(map[string][]byte, len(r.local))
+	for _, p := range r.local {
+		entries[string(p.MAC[:])] = appendEndpoint(nil, p.seq, p.Addrs)
+	}
+	r.published = true
+	r.mu.Unlock()
+	r.cfg.Table.Load(entries)
+}
+
+// Forget drops what is remembered of a peer that was removed for good.
+func (r *Router) Forget(name peer.Name) {
+	r.mu.Lock()
+	r.plan.forget(name)
+	r.mu.Unlock()
+	r.nudge()
+}
+
+// Probed is the overlay.ProbeFunc of all data paths: it answers the probe over
+// the control link.
+func (r *Router) Probed(path string, from peer.ShortID, token uint64, _ int) {
+	r.mu.Lock()
+	name, ok := r.byShortID[from]
+	r.mu.Unlock()
+	if ok {
+		r.send(name, answer(path, token))
+	}
+}
+
+func (r *Router) send(to peer.Name, b []byte) {
+	if err := r.cfg.Mesh.Send(to, MessageKind, b); err != nil {
+		r.cfg.Log.Debug("router message not sent", "peer", to, "err", err)
+	}
+}
+
+func (r *Router) nudge() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Run serves the data paths and keeps the forwarding state up to date until
+// ctx ends. Forwarding in the kernel goes on after it.
+func (r *Router) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, p := range r.paths {
+		g.Go(func() error {
+			if err := p.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
+				return fmt.Errorf("data path %s: %w", p.Name(), err)
+			}
+			return nil
+		})
+	}
+	g.Go(func() error { return r.decide(ctx) })
+	return g.Wait()
+}
+
+// decide is the one goroutine that probes and applies.
+func (r *Router) decide(ctx context.Context) error {
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	begun := time.Now()
+	held, lastChange := r.cfg.Hold, begun
+	due := time.NewTimer(0)
+	defer due.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-r.cfg.Mesh.Changes():
+			r.refresh(time.Now())
+			lastChange = time.Now()
+			due.Reset(coalesce)
+		case <-r.cfg.Table.Changes():
+			lastChange = time.Now()
+			due.Reset(coalesce)
+		case <-r.kick:
+			lastChange = time.Now()
+			due.Reset(coalesce)
+		case now := <-tick.C:
+			if r.probe(now) {
+				lastChange = now
+				due.Reset(coalesce)
+			}
+			if held && r.settled(now, begun, lastChange) {
+				held = false
+				due.Reset(0)
+			}
+		case <-due.C:
+			if err := r.apply(held); err != nil {
+				r.cfg.Log.Warn("forwarding not applied, will be tried again", "err", err)
+				due.Reset(retryApply)
+			}
+		}
+	}
+}
+
+// settled says whether the forwarding state found in the kernel may be
+// replaced by what is known by now.
+func (r *Router) settled(now, begun, lastChange time.Time) bool {
+	if now.Sub(begun) > holdMax {
+		return true
+	}
+	if now.Sub(lastChange) < holdQuiet {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, n := range r.neighbours {
+		if n.chosen == "" {
+			return false
+		}
+	}
+	return len(r.neighbours) > 0
+}
+
+func (r *Router) apply(partial bool) error {
+	f := r.forwarding()
+	f.Partial = partial
+	var errs []error
+	for _, p := range r.paths {
+		if err := p.Apply(f); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", p.Name(), err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (r *Router) forwarding() overlay.Forwarding {
+	entries := r.cfg.Table.All()
+	topo := r.cfg.Mesh.Topology()
+	self := r.cfg.Mesh.Self()
+	v := view{
+		self:    self,
+		paths:   make(map[peer.Name]string),
+		nextHop: topo.NextHop,
+		tree:    topo.Tree,
+	}
+	for _, rec := range topo.Records() {
+		v.peers = append(v.peers, rec.Info)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for name, n := range r.neighbours {
+		v.neighbours = append(v.neighbours, n.Neighbour)
+		if n.chosen != "" {
+			v.paths[name] = n.chosen
+		}
+	}
+	f := r.plan.step(v)
+	f.Endpoints = r.remoteLocked(entries, self.Name)
+	return f
+}
+
+// remoteLocked turns the table into the endpoints of other peers. Where two
+// peers announce one address the higher mobility number wins, and a peer whose
+// short id is not known cannot be sent to yet.
+func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.Endpoint {
+	type claim struct {
+		seq uint64
+		ep  overlay.Endpoint
+	}
+	best := make(map[overlay.MAC]claim, len(entries))
+	for _, p := range r.local {
+		best[p.MAC] = claim{seq: p.seq}
+	}
+	for _, e := range entries {
+		if e.Origin == self {
+			continue
+		}
+		ep, seq, err := parseEndpoint(e.Key, e.Value)
+		if err != nil {
+			r.complainLocked(e, err)
+			continue
+		}
+		if ep.Peer = r.plan.routes[e.Origin].info.ShortID; ep.Peer == 0 {
+			continue
+		}
+		if c, ok := best[ep.MAC]; !ok || seq > c.seq {
+			best[ep.MAC] = claim{seq: seq, ep: ep}
+		}
+	}
+	out := make([]overlay.Endpoint, 0, len(best))
+	for _, c := range best {
+		if c.ep.Peer != 0 {
+			out = append(out, c.ep)
+		}
+	}
+	return out
+}
+
+// complainLocked logs a bad entry once; it disturbs nothing else.
+func (r *Router) complainLocked(e gossip.Entry, err error) {
+	key := e.Origin.String() + e.Key
+	if r.badEntries[key] || len(r.badEntries) >= maxComplaints {
+		return
+	}
+	r.badEntries[key] = true
+	r.cfg.Log.Warn("endpoint of another peer ignored", "peer", e.Origin, "err", err)
+}

@@ -26,7 +26,7 @@ func (m *Manager) Attach(ctx context.Context, t Target, reqs []Request) (addrs [
 		return nil, err
 	}
 	defer unlock()
-	old, err := m.prepare(t)
+	old, before, err := m.prepare(t)
 	if err != nil {
 		return nil, err
 	}
@@ -37,11 +37,11 @@ func (m *Manager) Attach(ctx context.Context, t Target, reqs []Request) (addrs [
 		}
 	}()
 	if old.ifIndex == 0 {
+		u.add(func() error { return m.putBack(old, before) })
 		// From here on the journal knows that the id may hold addresses.
 		if err := m.save(old); err != nil {
 			return nil, err
 		}
-		u.add(func() error { return m.forget(old) })
 	}
 	addrs, err = m.obtain(ctx, t.ID, orDefault(reqs), &u)
 	if err != nil {
@@ -65,40 +65,51 @@ func (m *Manager) Attach(ctx context.Context, t Target, reqs []Request) (addrs [
 	return addrs, nil
 }
 
-// prepare returns the record of a target: the one of its attachment or a new
-// one without a device.
-func (m *Manager) prepare(t Target) (*record, error) {
+// prepare returns the record of a target: the one of its attachment, or a new
+// one without a device and then also the one it had in an earlier life.
+func (m *Manager) prepare(t Target) (r, before *record, err error) {
 	if t.ID == "" || t.ID == HostID {
-		return nil, fmt.Errorf("%q names no container to attach", t.ID)
+		return nil, nil, fmt.Errorf("%q names no container to attach", t.ID)
 	}
 	ns, err := netdev.NamespaceAt(t.NetNS)
 	switch {
 	case errors.Is(err, netdev.ErrOwnNamespace):
-		return nil, fmt.Errorf("%s shares the network of the host (--net=host) and cannot be attached: use weave expose to join the host: %w", t.ID, err)
+		return nil, nil, fmt.Errorf("%s shares the network of the host (--net=host) and cannot be attached: use weave expose to join the host: %w", t.ID, err)
 	case errors.Is(err, netdev.ErrNoNamespace):
-		return nil, fmt.Errorf("%s is not running, so it cannot be attached: %w", t.ID, err)
+		return nil, nil, fmt.Errorf("%s is not running, so it cannot be attached: %w", t.ID, err)
 	case err != nil:
-		return nil, err
+		return nil, nil, err
 	}
-	r := m.get(t.ID)
+	r = m.get(t.ID)
 	if r != nil && r.Kind != KindContainer {
-		return nil, fmt.Errorf("%s is an endpoint of a Docker network and cannot be attached", t.ID)
+		return nil, nil, fmt.Errorf("%s is an endpoint of a Docker network and cannot be attached", t.ID)
 	}
 	if r != nil && r.ifIndex != 0 && r.NS == ns {
 		r.NetNS = t.NetNS
-		return r, nil
+		return r, nil, nil
 	}
 	if r != nil { // it was started again, its old interface is gone or on its way out
 		if err := m.unplug(r); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
+		r.ifIndex = 0
+		before = r
 	}
 	if other := m.sharing(t.ID, ns); other != "" {
-		return nil, fmt.Errorf("%s shares its network with %s, which is attached already: attach or detach that one", t.ID, other)
+		return nil, nil, fmt.Errorf("%s shares its network with %s, which is attached already: attach or detach that one", t.ID, other)
 	}
-	return &record{ID: t.ID, Kind: KindContainer, MAC: netdev.RandomMAC(), PeerIf: InsideName,
+	r = &record{ID: t.ID, Kind: KindContainer, MAC: netdev.RandomMAC(), PeerIf: InsideName,
 		HostIf: containerHostIf(t.ID, ns), NetNS: t.NetNS, NS: ns,
-		NoMulticastRoute: t.NoMulticastRoute || m.cfg.NoMulticastRoute}, nil
+		NoMulticastRoute: t.NoMulticastRoute || m.cfg.NoMulticastRoute}
+	return r, before, nil
+}
+
+// putBack replaces a record by the one that was there before, if any.
+func (m *Manager) putBack(r, before *record) error {
+	if before == nil {
+		return m.forget(r)
+	}
+	return m.save(before)
 }
 
 func (m *Manager) sharing(id string, ns netdev.Namespace) string {
@@ -153,14 +164,10 @@ func (m *Manager) createPair(r *record, peerNS string, u *undo) error {
 	if err != nil {
 		return err
 	}
-	u.add(func() error { return netdev.DeleteLink(r.HostIf) })
 	r.ifIndex = index
+	u.add(func() error { return m.unplug(r) })
 	m.set(r) // so that its end is noticed from now on
-	if err := m.cfg.SetPort(r.port()); err != nil {
-		return err
-	}
-	u.add(func() error { return m.cfg.RemovePort(index) })
-	return nil
+	return m.cfg.SetPort(r.port())
 }
 
 // extend adds addresses to an interface that exists, and puts back what

@@ -21,7 +21,8 @@ type claim struct {
 // Reconcile compares the journal with what is there. Devices that exist are
 // adopted and their ports set again, those that are gone are forgotten and
 // their addresses freed, exposed addresses come back, and what a crash left
-// half made is removed. Call it once, before anything else.
+// half made is removed. What goes wrong with a single one is logged and keeps
+// nothing else back. Call it once, before anything else.
 func (m *Manager) Reconcile(ctx context.Context) error {
 	bridge, err := netdev.DeviceByName(m.cfg.Bridge)
 	if err != nil {
@@ -35,25 +36,24 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 		return err
 	}
 	records, exposed := m.readJournal()
-	var errs []error
 	for _, r := range records {
 		i := slices.IndexFunc(devices, func(d netdev.Device) bool { return d.Name == r.HostIf && d.Kind == "veth" })
 		if i < 0 {
-			errs = append(errs, m.vanished(r))
+			m.warn("cannot be forgotten", r.ID, m.vanished(r))
 			continue
 		}
-		errs = append(errs, m.adopt(r, devices[i], bridge.Index))
+		m.warn("not fully attached", r.ID, m.adopt(r, devices[i], bridge.Index))
 	}
 	for _, d := range devices {
-		errs = append(errs, m.stray(d, bridge.Index))
+		m.warn("device not adopted", d.Name, m.stray(d, bridge.Index))
 	}
-	m.mu.Lock()
-	m.exposed = exposed
-	m.mu.Unlock()
-	for _, e := range exposed {
-		m.claimLater(HostID, []netip.Prefix{e.Addr})
+	return m.restoreHost(ctx, exposed)
+}
+
+func (m *Manager) warn(what, id string, err error) {
+	if err != nil {
+		m.cfg.Log.Warn(what, "id", id, "err", err)
 	}
-	return errors.Join(append(errs, m.restoreHost(ctx, exposed))...)
 }
 
 // readJournal reads what was attached and exposed. Entries that cannot be read
@@ -206,14 +206,28 @@ func ownName(dev string) bool {
 }
 
 // restoreHost brings exposed addresses back, after a restart of the daemon or
-// of the machine. Without exposures a host that cannot have firewall rules is
-// only warned of.
+// of the machine. Addresses on the bridge that the journal does not know are
+// taken for exposed ones.
 func (m *Manager) restoreHost(ctx context.Context, exposed []exposure) error {
+	present, err := netdev.Addrs(m.cfg.Bridge)
+	if err != nil {
+		return err
+	}
+	for _, p := range present {
+		if !slices.ContainsFunc(exposed, func(e exposure) bool { return e.Addr.Addr() == p.Addr() }) {
+			m.cfg.Log.Warn("found exposed without a journal entry", "addr", p)
+			exposed = append(exposed, exposure{Addr: p})
+		}
+	}
+	for _, e := range exposed {
+		m.claimLater(HostID, []netip.Prefix{e.Addr})
+	}
 	if len(exposed) > 0 {
-		return m.settleHost(ctx, nil, exposed)
+		m.warn("exposed addresses are not all in place", HostID, m.settleHost(ctx, nil, exposed))
+		return nil
 	}
 	if err := m.cfg.Firewall.SetExposed(ctx, nil); err != nil {
-		m.cfg.Log.Warn("firewall rules are not in place: containers may not reach each other if the host forwards nothing by default", "err", err)
+		m.cfg.Log.Warn("firewall rules are not in place: where the host forwards nothing by default, containers may not reach each other", "err", err)
 	}
 	return nil
 }

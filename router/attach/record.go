@@ -136,15 +136,24 @@ func (m *Manager) get(id string) *record {
 
 // unplug takes away the device of a record and its port.
 func (m *Manager) unplug(r *record) error {
-	if r.HostIf != "" {
-		if err := netdev.DeleteLink(r.HostIf); err != nil {
-			return err
-		}
+	// Nobody is to take the end of the device for that of the container.
+	m.setIndex(r.ID, 0)
+	if err := netdev.DeleteLink(r.HostIf); err != nil {
+		m.setIndex(r.ID, r.ifIndex)
+		return err
 	}
 	if r.ifIndex == 0 {
 		return nil
 	}
 	return m.cfg.RemovePort(r.ifIndex)
+}
+
+func (m *Manager) setIndex(id string, index int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r := m.records[id]; r != nil {
+		r.ifIndex = index
+	}
 }
 
 // holder returns who has an address, "" when nobody here has.

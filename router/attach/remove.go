@@ -11,9 +11,17 @@ import (
 
 // RemoveAll takes everything off the host that this package or an earlier run
 // of it has put there, the bridge included, and frees the addresses. It goes
-// on after an error and returns all of them.
+// on after an error and returns all of them. It may be called without
+// Reconcile.
 func (m *Manager) RemoveAll(ctx context.Context) error {
+	records, exposed := m.readJournal()
 	m.mu.Lock()
+	for _, r := range records {
+		if m.records[r.ID] == nil {
+			m.records[r.ID] = r
+		}
+	}
+	m.exposed = exposed
 	ids := slices.Sorted(maps.Keys(m.records))
 	m.mu.Unlock()
 	var errs []error

@@ -39,8 +39,9 @@ const lockWait = "5"
 // Config is what a Firewall is made of.
 type Config struct {
 	Bridge string
-	// Untrusted names devices that forward nothing into the bridge, such
-	// as docker0 and docker_gwbridge. They need not exist.
+	// Untrusted names devices that forward nothing into the bridge. They
+	// need not exist. Nil: docker0 and docker_gwbridge, through which any
+	// container, also one of another subnet, would get in otherwise.
 	Untrusted []string
 	Log       *slog.Logger
 }
@@ -49,6 +50,7 @@ type Config struct {
 // several goroutines.
 type Firewall struct {
 	cfg   Config
+	every time.Duration
 	apply chan struct{} // capacity 1; whoever holds the token applies
 
 	mu      sync.Mutex
@@ -61,9 +63,16 @@ type Firewall struct {
 // from how we do.
 type spelling struct{ ours, theirs []string }
 
-// New makes a Firewall; no rule is touched before SetExposed or Remove.
-func New(cfg Config) *Firewall {
-	return &Firewall{cfg: cfg, apply: make(chan struct{}, 1), printed: make(map[string]spelling)}
+// New makes a Firewall; no rule is touched before SetExposed or Remove. The
+// name of the bridge must be that of a device.
+func New(cfg Config) (*Firewall, error) {
+	if cfg.Bridge == "" || strings.ContainsAny(cfg.Bridge, " \t\n/") {
+		return nil, fmt.Errorf("%q is no name of a bridge", cfg.Bridge)
+	}
+	if cfg.Untrusted == nil {
+		cfg.Untrusted = []string{"docker0", "docker_gwbridge"}
+	}
+	return &Firewall{cfg: cfg, every: checkEvery, apply: make(chan struct{}, 1), printed: make(map[string]spelling)}, nil
 }
 
 // SetExposed makes the rules fit the given exposures, of which there may be
@@ -93,7 +102,7 @@ func (f *Firewall) Remove(ctx context.Context) error {
 // Run restores rules that somebody else has taken away, until ctx ends. It
 // leaves them in place.
 func (f *Firewall) Run(ctx context.Context) error {
-	tick := time.NewTicker(checkEvery)
+	tick := time.NewTicker(f.every)
 	defer tick.Stop()
 	complained := ""
 	for {

@@ -8,32 +8,24 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Bridge is a bridge as EnsureBridge left it.
-type Bridge struct {
-	Index   int
-	Created bool // it was not there before
-}
-
 // EnsureBridge makes a bridge with the given address and MTU, or adopts the
 // one of that name, and sets it up: no spanning tree, no multicast snooping (all
 // multicast is flooded), no router advertisements taken, and up. The MTU is
 // the bridge's own from then on and does not follow its ports.
-func EnsureBridge(name string, mac [6]byte, mtu int) (Bridge, error) {
+func EnsureBridge(name string, mac [6]byte, mtu int) error {
 	l, err := link(name)
 	created := errors.Is(err, ErrNoDevice)
 	if created {
 		l, err = createBridge(name)
 	}
 	if err != nil {
-		return Bridge{}, err
+		return err
 	}
-	if err := configureBridge(l, mac, mtu, created); err != nil {
-		if created {
-			err = errors.Join(err, DeleteLink(name))
-		}
-		return Bridge{}, err
+	err = configureBridge(l, mac, mtu, created)
+	if err != nil && created {
+		err = errors.Join(err, DeleteLink(name))
 	}
-	return Bridge{Index: l.Attrs().Index, Created: created}, nil
+	return err
 }
 
 func createBridge(name string) (netlink.Link, error) {
@@ -131,6 +123,12 @@ func DeviceByName(name string) (Device, error) {
 		return Device{}, err
 	}
 	return device(l), nil
+}
+
+// Exists says whether there is a device of that name.
+func Exists(name string) bool {
+	_, err := link(name)
+	return err == nil
 }
 
 // DeviceByIndex describes a device; the error is ErrNoDevice when there is none.

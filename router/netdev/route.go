@@ -1,6 +1,7 @@
 package netdev
 
 import (
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -20,26 +21,84 @@ type Route struct {
 	Dev string
 }
 
+// String writes the route as 10.0.0.0/8 dev eth0.
+func (r Route) String() string { return fmt.Sprintf("%s dev %s", r.Dst, r.Dev) }
+
 // OverlappingRoute returns a route of the host that has addresses in common
 // with a range, leaving out default routes and those through the named
 // devices.
 func OverlappingRoute(r netip.Prefix, ignore ...string) (Route, bool, error) {
-	routes, err := netlink.RouteListFiltered(family(r), &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-	if err != nil {
-		return Route{}, false, fmt.Errorf("list routes: %w", err)
-	}
-	names, err := deviceNames()
+	list, err := routes(family(r))
 	if err != nil {
 		return Route{}, false, err
 	}
-	for _, route := range routes {
-		dst, dev := prefix(route.Dst), names[route.LinkIndex]
-		if !usable(dst) || dst.Bits() == 0 || !dst.Overlaps(r) || slices.Contains(ignore, dev) {
-			continue
+	for _, route := range list {
+		if route.Dst.Overlaps(r) && !slices.Contains(ignore, route.Dev) {
+			return route, true, nil
 		}
-		return Route{Dst: dst, Dev: dev}, true, nil
 	}
 	return Route{}, false, nil
+}
+
+// FreeRange returns a private IPv4 range that overlaps no route of the host: as
+// large as r if there is one, else the largest. It is the zero Prefix when all
+// private addresses are taken.
+func FreeRange(r netip.Prefix, ignore ...string) netip.Prefix {
+	const smallest = 24
+	list, err := routes(netlink.FAMILY_V4)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	list = slices.DeleteFunc(list, func(x Route) bool { return slices.Contains(ignore, x.Dev) })
+	for bits := r.Bits(); bits <= smallest; bits++ {
+		for _, private := range []netip.Prefix{
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{10}), 8),
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16}), 12),
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 168}), 16),
+		} {
+			if p, ok := freeWithin(private, bits, list); ok {
+				return p
+			}
+		}
+	}
+	return netip.Prefix{}
+}
+
+func freeWithin(private netip.Prefix, bits int, taken []Route) (netip.Prefix, bool) {
+	step := uint32(1) << (32 - bits)
+	first := private.Addr().As4()
+	at := binary.BigEndian.Uint32(first[:])
+	for {
+		var b [4]byte
+		binary.BigEndian.PutUint32(b[:], at)
+		p := netip.PrefixFrom(netip.AddrFrom4(b), bits)
+		if p.Bits() < private.Bits() || !private.Contains(p.Addr()) {
+			return netip.Prefix{}, false
+		}
+		if !slices.ContainsFunc(taken, func(r Route) bool { return r.Dst.Overlaps(p) }) {
+			return p, true
+		}
+		at += step
+	}
+}
+
+// routes lists the main table without default routes.
+func routes(family int) ([]Route, error) {
+	list, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	names, err := deviceNames()
+	if err != nil {
+		return nil, err
+	}
+	var out []Route
+	for _, route := range list {
+		if dst := prefix(route.Dst); usable(dst) && dst.Bits() != 0 {
+			out = append(out, Route{Dst: dst, Dev: names[route.LinkIndex]})
+		}
+	}
+	return out, nil
 }
 
 func family(p netip.Prefix) int {

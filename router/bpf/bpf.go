@@ -73,15 +73,23 @@ func Open(dir string) (*Objects, error) {
 			m.Pinning = ebpf.PinByName
 		}
 	}
+	if err := o.load(spec, pins); err != nil {
+		return nil, err
+	}
+	return o, nil
+}
+
+func (o *Objects) load(spec *ebpf.CollectionSpec, pins string) error {
 	opts := &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: pins}}
-	if err := spec.LoadAndAssign(&o.objs, opts); err != nil {
-		return nil, fmt.Errorf("load BPF programs: %w", err)
+	err := spec.LoadAndAssign(&o.objs, opts)
+	if err != nil {
+		return fmt.Errorf("load BPF programs: %w", err)
 	}
 	if o.features, err = o.testFeatures(); err != nil {
-		return nil, errors.Join(err, o.Close())
+		return errors.Join(err, o.Close())
 	}
 	o.bindTables()
-	return o, nil
+	return nil
 }
 
 // isOurs tells the maps of the C source from the sections of global variables.

@@ -511,14 +511,8 @@ int vxlan_in(struct __sk_buff *skb)
 	return receive_vxlan(skb, c, &o);
 }
 
-/* ingress of the TAP: what the user-space path received */
-SEC("tc")
-int tap_in(struct __sk_buff *skb)
+static __always_inline int receive_tap(struct __sk_buff *skb, struct cfg *c)
 {
-	struct cfg *c = get_config();
-
-	if (!c)
-		return DROP;
 	if (!skb->vlan_present || skb->vlan_proto != bpf_htons(ETH_P_8021AD))
 		return drop(COUNT_DROPPED_MALFORMED);
 	__u32 s_tci = skb->vlan_tci;
@@ -535,6 +529,14 @@ int tap_in(struct __sk_buff *skb)
 	return receive(skb, c, 0, s_tci & SHORT_ID, dst, ttl, 1);
 }
 
+/* ingress of the TAP: what the user-space path received */
+SEC("tc")
+int tap_in(struct __sk_buff *skb)
+{
+	struct cfg *c = get_config();
+	return c ? receive_tap(skb, c) : DROP;
+}
+
 /* ---- frames that the bridge sends into the overlay ---- */
 
 static __always_inline int is_link_local_mac(const __u8 *m)
@@ -542,15 +544,10 @@ static __always_inline int is_link_local_mac(const __u8 *m)
 	return m[0] == 0x01 && m[1] == 0x80 && m[2] == 0xc2 && !m[3] && !m[4] && m[5] < 16;
 }
 
-/* egress of the VXLAN device */
-SEC("tc")
-int vxlan_out(struct __sk_buff *skb)
+static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 {
-	struct cfg *c = get_config();
 	struct mac dst = {};
 
-	if (!c)
-		return DROP;
 	if (skb->mark == MARK_SENT) {
 		skb->mark = 0;
 		return PASS;
@@ -575,6 +572,14 @@ int vxlan_out(struct __sk_buff *skb)
 	count(COUNT_FLOODED);
 	flood(skb, c->self, HOP_LIMIT, 0);
 	return DROP; /* the copies are on their way */
+}
+
+/* egress of the VXLAN device */
+SEC("tc")
+int vxlan_out(struct __sk_buff *skb)
+{
+	struct cfg *c = get_config();
+	return c ? transmit(skb, c) : DROP;
 }
 
 /* ---- isolation: the host side of a container's veth pair ---- */

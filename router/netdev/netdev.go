@@ -84,9 +84,9 @@ func stat(path string) (Namespace, error) {
 }
 
 // Do runs f inside the network namespace at path and returns its error. f has
-// an OS thread of its own that ends with it, so that nothing of the namespace
-// leaks into other goroutines whatever happens; f must do its work itself, not
-// in goroutines that it starts.
+// an OS thread of its own, which ends with it unless it is safely back in our
+// own namespace, so that nothing leaks into other goroutines whatever happens. f
+// must do its work itself, not in goroutines that it starts.
 func Do(path string, f func() error) error {
 	fd, err := openNamespace(path)
 	if err != nil {
@@ -94,16 +94,29 @@ func Do(path string, f func() error) error {
 	}
 	defer unix.Close(fd)
 	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: the runtime ends the thread with the goroutine.
-		runtime.LockOSThread()
-		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("enter network namespace %s: %w", path, err)
-			return
-		}
-		done <- f()
-	}()
+	go func() { done <- enter(fd, f) }()
 	return <-done
+}
+
+// enter is the goroutine of Do. A goroutine that ends while locked to its
+// thread takes the thread along, except for the first one of the process:
+// that is why it does go back at all.
+func enter(fd int, f func() error) error {
+	runtime.LockOSThread()
+	own, err := openNamespace(ownNamespace)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(own)
+	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter network namespace: %w", err)
+	}
+	defer func() {
+		if unix.Setns(own, unix.CLONE_NEWNET) == nil {
+			runtime.UnlockOSThread()
+		}
+	}()
+	return f()
 }
 
 func openNamespace(path string) (int, error) {

@@ -19,7 +19,7 @@ const maxAlias = 255
 type VethSpec struct {
 	Host, Peer string  // names of the two ends
 	PeerNS     string  // path of the namespace the peer end is made in; "": stays here
-	PeerMAC    [6]byte // address of the peer end
+	PeerMAC    [6]byte // address of the peer end; zero: the kernel chooses
 	MTU        int     // of both ends, in bytes
 	Bridge     string  // the host end becomes a port of it
 	Alias      string  // of the host end, to be recognised by; cut to 255 bytes
@@ -36,7 +36,10 @@ func CreateVeth(s VethSpec) (int, error) {
 	attrs.Name = s.Host
 	attrs.MTU = s.MTU
 	attrs.MasterIndex = bridge.Attrs().Index
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: s.Peer, PeerHardwareAddr: net.HardwareAddr(s.PeerMAC[:])}
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: s.Peer}
+	if s.PeerMAC != ([6]byte{}) {
+		veth.PeerHardwareAddr = net.HardwareAddr(s.PeerMAC[:])
+	}
 	if s.PeerNS != "" {
 		fd, err := openNamespace(s.PeerNS)
 		if err != nil {

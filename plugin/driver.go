@@ -1,0 +1,238 @@
+package plugin
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"weave.local/proxy/docker"
+	"weave.local/router/attach"
+	"weave.local/router/overlay"
+)
+
+// insidePrefix begins the names of interfaces in containers; the engine adds
+// a number.
+const insidePrefix = "ethwe"
+
+// multicastRange is where all multicast goes (RFC 5771).
+const multicastRange = "224.0.0.0/4"
+
+// genericOptions is where the engine puts a user's --opt of a network.
+const genericOptions = "com.docker.network.generic"
+
+// lookupLimit bounds a question to the engine while it waits for the plugin.
+const lookupLimit = 2 * time.Second
+
+// note is what the store holds of an endpoint: the engine's call to join it
+// may come after a restart of the daemon.
+type note struct {
+	PeerIf    string // the device to move into the container
+	NoGateway bool   `json:",omitempty"` // no way to the outside by the engine's own bridge
+}
+
+// boolOption reads an option whose empty value means true.
+func boolOption(name string, value any) (bool, error) {
+	switch v := value.(type) {
+	case bool:
+		return v, nil
+	case string:
+		if v == "" {
+			return true, nil
+		}
+		if b, err := strconv.ParseBool(v); err == nil {
+			return b, nil
+		}
+	}
+	return false, fmt.Errorf("option %s=%v: want true or false", name, value)
+}
+
+func (p *Plugin) createNetwork(_ context.Context, q networkRequest) (empty, error) {
+	generic, _ := q.Options[genericOptions].(map[string]any)
+	multicast := false
+	if v, ok := generic[docker.OptionMulticast]; ok {
+		var err error
+		if multicast, err = boolOption(docker.OptionMulticast, v); err != nil {
+			return empty{}, err
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.multicast[q.NetworkID] = multicast
+	return empty{}, nil
+}
+
+func (p *Plugin) deleteNetwork(_ context.Context, q networkRequest) (empty, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.multicast, q.NetworkID)
+	return empty{}, nil
+}
+
+// hasMulticast says whether containers of a network get a route for multicast.
+// The engine does not repeat the options of networks after a restart, but it
+// answers at any time when asked.
+func (p *Plugin) hasMulticast(ctx context.Context, network string) bool {
+	if p.cfg.NoMulticastRoute {
+		return false
+	}
+	p.mu.Lock()
+	on, known := p.multicast[network]
+	p.mu.Unlock()
+	if known {
+		return on
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
+	defer cancel()
+	n, err := p.cfg.Docker.InspectNetwork(ctx, network)
+	if err != nil {
+		p.cfg.Log.Warn("plugin: options of the network are not known, no multicast route", "network", network, "err", err)
+		return false
+	}
+	if v, ok := n.Options[docker.OptionMulticast]; ok {
+		on, _ = boolOption(docker.OptionMulticast, v)
+	}
+	p.mu.Lock()
+	p.multicast[network] = on
+	p.mu.Unlock()
+	return on
+}
+
+func (p *Plugin) createEndpoint(ctx context.Context, q endpointRequest) (endpointAnswer, error) {
+	var a endpointAnswer
+	if q.Interface == nil || q.Interface.Address == "" {
+		return a, errors.New("the container has no address: create the network with --ipam-driver weave")
+	}
+	addr, err := netip.ParsePrefix(q.Interface.Address)
+	if err != nil {
+		return a, fmt.Errorf("address %q of the endpoint: want one such as 10.32.0.1/12", q.Interface.Address)
+	}
+	spec := attach.EndpointSpec{ID: q.EndpointID, Addrs: []netip.Prefix{addr}}
+	if spec.MAC, err = parseMAC(q.Interface.MacAddress); err != nil {
+		return a, err
+	}
+	gateway := true
+	if v, ok := q.Options[docker.OptionGateway]; ok {
+		if gateway, err = boolOption(docker.OptionGateway, v); err != nil {
+			return a, err
+		}
+	}
+	// A call whose answer the engine did not get is repeated.
+	if err := p.cfg.Attach.DeleteEndpoint(ctx, q.EndpointID); err != nil {
+		return a, err
+	}
+	made, err := p.cfg.Attach.CreateEndpoint(ctx, spec)
+	if err != nil {
+		return a, err
+	}
+	if err := p.remember(q.EndpointID, note{PeerIf: made.PeerIf, NoGateway: !gateway}); err != nil {
+		return a, errors.Join(err, p.cfg.Attach.DeleteEndpoint(ctx, q.EndpointID))
+	}
+	p.mu.Lock()
+	delete(p.pending, addr.Addr())
+	p.mu.Unlock()
+	if q.Interface.MacAddress == "" {
+		a.Interface.MacAddress = made.MAC.String()
+	}
+	return a, nil
+}
+
+// parseMAC reads an Ethernet address; none gives zero.
+func parseMAC(s string) (overlay.MAC, error) {
+	var mac overlay.MAC
+	if s == "" {
+		return mac, nil
+	}
+	b, err := hex.DecodeString(strings.ReplaceAll(s, ":", ""))
+	if err != nil || len(b) != len(mac) {
+		return mac, fmt.Errorf("MAC address %q: want one such as 7a:0b:1c:2d:3e:4f", s)
+	}
+	copy(mac[:], b)
+	return mac, nil
+}
+
+func (p *Plugin) deleteEndpoint(ctx context.Context, q endpointRequest) (empty, error) {
+	if err := p.cfg.Attach.DeleteEndpoint(ctx, q.EndpointID); err != nil {
+		return empty{}, err
+	}
+	return empty{}, p.forget(q.EndpointID)
+}
+
+func (p *Plugin) remember(id string, n note) error {
+	b, err := json.Marshal(n)
+	if err != nil {
+		return err
+	}
+	return p.cfg.Store.Put(id, b)
+}
+
+func (p *Plugin) recall(id string) (note, error) {
+	var n note
+	b, ok := p.cfg.Store.Get(id)
+	if !ok {
+		return n, fmt.Errorf("endpoint %.12s is not known: start the container again", id)
+	}
+	if err := json.Unmarshal(b, &n); err != nil {
+		return n, fmt.Errorf("endpoint %.12s: %w", id, err)
+	}
+	return n, nil
+}
+
+// forget drops what is kept of an endpoint beside the journal.
+func (p *Plugin) forget(id string) error {
+	p.leaveSandbox(id)
+	if _, kept := p.cfg.Store.Get(id); !kept {
+		return nil
+	}
+	return p.cfg.Store.Delete(id)
+}
+
+func (p *Plugin) join(ctx context.Context, q joinRequest) (joinAnswer, error) {
+	var a joinAnswer
+	made, err := p.recall(q.EndpointID)
+	if err != nil {
+		return a, err
+	}
+	a.InterfaceName = interfaceName{SrcName: made.PeerIf, DstPrefix: insidePrefix}
+	a.DisableGatewayService = made.NoGateway
+	if err := p.cfg.Attach.JoinEndpoint(ctx, q.EndpointID, q.SandboxKey); err != nil {
+		return a, err
+	}
+	if p.hasMulticast(ctx, q.NetworkID) && p.enterSandbox(q.SandboxKey, q.EndpointID) {
+		a.StaticRoutes = []staticRoute{{Destination: multicastRange, RouteType: connected}}
+	}
+	return a, nil
+}
+
+// enterSandbox says whether the endpoint is the one that gets the multicast
+// route in its container: a second route to the same place is refused there,
+// and the container would not start.
+func (p *Plugin) enterSandbox(sandbox, endpoint string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, taken := p.sandboxes[sandbox]; taken {
+		return false
+	}
+	p.sandboxes[sandbox] = endpoint
+	return true
+}
+
+func (p *Plugin) leaveSandbox(endpoint string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for s, e := range p.sandboxes {
+		if e == endpoint {
+			delete(p.sandboxes, s)
+		}
+	}
+}
+
+func (p *Plugin) leave(_ context.Context, q joinRequest) (empty, error) {
+	p.leaveSandbox(q.EndpointID)
+	return empty{}, nil
+}

@@ -1,0 +1,246 @@
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// anonymous begins the owner under which an address of a plugin network is
+// recorded: the engine asks for it without saying for which container.
+const anonymous = "_"
+
+// poolPrefix begins the identifier of a pool, which carries all there is to
+// know: weave-<subnet>-<range>.
+const poolPrefix = "weave-"
+
+// gatewayOption is how the engine's address management calls a gateway, in
+// requests and in the data of a pool.
+const (
+	gatewayOption = "com.docker.network.gateway"
+	typeOption    = "RequestAddressType"
+)
+
+// pool is a subnet and the part of it that addresses are taken from.
+type pool struct{ subnet, part netip.Prefix }
+
+func (p pool) id() string { return poolPrefix + p.subnet.String() + "-" + p.part.String() }
+
+func parsePool(id string) (pool, error) {
+	bad := fmt.Errorf("pool %q: want one such as weave-10.32.0.0/12-10.32.0.0/12", id)
+	rest, ok := strings.CutPrefix(id, poolPrefix)
+	s, t, both := strings.Cut(rest, "-")
+	if !ok || !both {
+		return pool{}, bad
+	}
+	subnet, err := netip.ParsePrefix(s)
+	if err != nil {
+		return pool{}, bad
+	}
+	part, err := netip.ParsePrefix(t)
+	if err != nil {
+		return pool{}, bad
+	}
+	return pool{subnet, part}, nil
+}
+
+// parseSubnet reads a subnet a user gave to a network.
+func parseSubnet(s string) (netip.Prefix, error) {
+	subnet, err := netip.ParsePrefix(s)
+	switch {
+	case err != nil:
+		return netip.Prefix{}, fmt.Errorf("subnet %q: want one such as 10.32.1.0/24", s)
+	case !subnet.Addr().Is4():
+		return netip.Prefix{}, fmt.Errorf("subnet %s: only IPv4 is supported so far", s)
+	case subnet != subnet.Masked():
+		return netip.Prefix{}, fmt.Errorf("subnet %s has host bits set: want %s", s, subnet.Masked())
+	case subnet.Bits() > 30:
+		return netip.Prefix{}, fmt.Errorf("subnet %s: too small, want at least four addresses (/30)", s)
+	}
+	return subnet, nil
+}
+
+// requestPool accepts any IPv4 subnet: addresses outside the cluster's range
+// can still be claimed one by one.
+func (p *Plugin) requestPool(_ context.Context, q poolRequest) (poolAnswer, error) {
+	if q.V6 {
+		return poolAnswer{}, errors.New("only IPv4 is supported so far: create the network without --ipv6")
+	}
+	var l pool
+	var err error
+	switch {
+	case q.Pool != "":
+		if l.subnet, err = parseSubnet(q.Pool); err != nil {
+			return poolAnswer{}, err
+		}
+	case p.cfg.Alloc == nil:
+		return poolAnswer{}, errors.New("address allocation is switched off: name the --subnet")
+	default:
+		l.subnet = p.cfg.Alloc.DefaultSubnet()
+	}
+	l.part = l.subnet
+	if q.SubPool != "" {
+		if l.part, err = parseSubnet(q.SubPool); err != nil {
+			return poolAnswer{}, err
+		}
+		if l.part.Bits() < l.subnet.Bits() || !l.subnet.Contains(l.part.Addr()) {
+			return poolAnswer{}, fmt.Errorf("range %s lies outside subnet %s", l.part, l.subnet)
+		}
+	}
+	// The engine takes an address for a gateway unless the pool brings one.
+	// There is none, so the subnet's own address stands in, which no host
+	// can have.
+	return poolAnswer{
+		PoolID: l.id(),
+		Pool:   l.subnet.String(),
+		Data:   map[string]string{gatewayOption: l.subnet.String()},
+	}, nil
+}
+
+func (p *Plugin) requestAddress(ctx context.Context, q addressRequest) (addressAnswer, error) {
+	l, err := parsePool(q.PoolID)
+	if err != nil {
+		return addressAnswer{}, err
+	}
+	if q.Options[typeOption] == gatewayOption {
+		return requestGateway(l, q.Address)
+	}
+	limited, cancel := context.WithTimeout(ctx, addressLimit)
+	defer cancel()
+	var addr netip.Addr
+	if q.Address != "" {
+		addr, err = p.claim(limited, l, q.Address)
+	} else {
+		addr, err = p.allocate(limited, l)
+	}
+	if err != nil {
+		if limited.Err() != nil && ctx.Err() == nil {
+			err = fmt.Errorf("no address within %v: the peers have not agreed yet, see 'weave status ipam': %w", addressLimit, err)
+		}
+		return addressAnswer{}, err
+	}
+	return addressAnswer{Address: netip.PrefixFrom(addr, l.subnet.Bits()).String()}, nil
+}
+
+// requestGateway answers the engine's wish for a gateway address without
+// giving one away: a container reaches no host by it.
+func requestGateway(l pool, want string) (addressAnswer, error) {
+	addr := l.subnet.Addr()
+	if want != "" {
+		var err error
+		if addr, err = netip.ParseAddr(want); err != nil || !l.subnet.Contains(addr) {
+			return addressAnswer{}, fmt.Errorf("gateway %q: want an address in %s, or none", want, l.subnet)
+		}
+		if addr != l.subnet.Addr() {
+			return addressAnswer{}, fmt.Errorf("gateway %s: a network of driver weave has none, create it without --gateway", want)
+		}
+	}
+	return addressAnswer{Address: netip.PrefixFrom(addr, l.subnet.Bits()).String()}, nil
+}
+
+func (p *Plugin) allocate(ctx context.Context, l pool) (netip.Addr, error) {
+	if p.cfg.Alloc == nil {
+		return netip.Addr{}, errors.New("address allocation is switched off: give the container an --ip")
+	}
+	got, err := p.cfg.Alloc.Allocate(ctx, anonymous+uuid.NewString(), l.part)
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	p.setPending(got.Addr())
+	return got.Addr(), nil
+}
+
+func (p *Plugin) claim(ctx context.Context, l pool, want string) (netip.Addr, error) {
+	addr, err := netip.ParseAddr(want)
+	if err != nil || !l.subnet.Contains(addr) {
+		return netip.Addr{}, fmt.Errorf("address %q: want one in %s", want, l.subnet)
+	}
+	if addr == l.subnet.Addr() {
+		return netip.Addr{}, fmt.Errorf("address %s is the address of the network itself", addr)
+	}
+	if holder, used := p.inUse(addr); used {
+		return netip.Addr{}, fmt.Errorf("address %s is in use on this host by %s", addr, holder)
+	}
+	if p.cfg.Alloc != nil {
+		if owner := p.owner(addr); owner == "" {
+			err = p.cfg.Alloc.Claim(ctx, anonymous+addr.String(), netip.PrefixFrom(addr, l.subnet.Bits()))
+		} else if !strings.HasPrefix(owner, anonymous) {
+			err = fmt.Errorf("address %s is in use on this host by %s", addr, owner)
+		}
+		if err != nil {
+			return netip.Addr{}, err
+		}
+	}
+	p.setPending(addr)
+	return addr, nil
+}
+
+// owner is who holds an address by this peer's records; empty for nobody.
+func (p *Plugin) owner(addr netip.Addr) string {
+	for owner, held := range p.cfg.Alloc.Owned() {
+		for _, h := range held {
+			if h.Addr() == addr {
+				return owner
+			}
+		}
+	}
+	return ""
+}
+
+// inUse says whether an endpoint has the address or is about to.
+func (p *Plugin) inUse(addr netip.Addr) (holder string, used bool) {
+	for _, a := range p.cfg.Attach.List() {
+		for _, x := range a.Addrs {
+			if x.Addr() == addr {
+				return a.ID, true
+			}
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if since, ok := p.pending[addr]; ok && time.Since(since) < patience {
+		return "a container that is being started", true
+	}
+	return "", false
+}
+
+func (p *Plugin) setPending(addr netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pending[addr] = time.Now()
+}
+
+// releaseAddress gives an address back; one that nobody holds is no error.
+func (p *Plugin) releaseAddress(_ context.Context, q addressRequest) (empty, error) {
+	l, err := parsePool(q.PoolID)
+	if err != nil {
+		return empty{}, err
+	}
+	addr, err := netip.ParseAddr(q.Address)
+	if err != nil {
+		return empty{}, fmt.Errorf("address %q: want one in %s", q.Address, l.subnet)
+	}
+	if addr == l.subnet.Addr() {
+		return empty{}, nil // the stand-in for a gateway
+	}
+	return empty{}, p.free(addr)
+}
+
+func (p *Plugin) free(addr netip.Addr) error {
+	p.mu.Lock()
+	delete(p.pending, addr)
+	p.mu.Unlock()
+	if p.cfg.Alloc == nil {
+		return nil
+	}
+	owner := p.owner(addr)
+	if !strings.HasPrefix(owner, anonymous) {
+		return nil
+	}
+	return p.cfg.Alloc.Free(owner, addr)
+}

@@ -1,0 +1,178 @@
+// Package plugin is the Docker network plugin: the remote network driver
+// "weave" and the address driver of the same name beside it, on one unix
+// socket.
+//
+// The engine asks the address driver for a container's address, the network
+// driver for its endpoint, moves the endpoint's interface into the container
+// and undoes it all when the container stops. Nothing here depends on calls
+// that came before a restart: pool identifiers carry the pool, endpoints are
+// in the journal of package attach, and options of networks are asked of the
+// engine when they are not known. The engine holds a lock on the container
+// while it waits for the driver, so no call here inspects a container.
+//
+// The plugin also keeps the network "weave" in being, and makes further
+// networks of the driver, one for each subnet, for the API proxy.
+package plugin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"weave.local/ipam"
+	"weave.local/peer/state"
+	"weave.local/proxy/docker"
+	"weave.local/router/attach"
+)
+
+// Bounds on waiting.
+const (
+	// addressLimit is how long the engine may wait for an address: the
+	// cluster may have to agree on the range first.
+	addressLimit = 20 * time.Second
+	// dockerLimit bounds one piece of work with the engine.
+	dockerLimit = 30 * time.Second
+	// shutdownLimit is what calls in progress get to end at exit.
+	shutdownLimit = 2 * time.Second
+)
+
+// Config is what a Plugin is made of.
+type Config struct {
+	Socket string // path the engine finds the driver by: /run/docker/plugins/weave.sock
+	Attach *attach.Manager
+	Alloc  *ipam.Allocator // nil: address allocation is switched off
+	Docker *docker.Client
+	Watch  *docker.Watcher // run by the caller; New registers with it
+	Store  *state.Bucket   // options of endpoints
+	// OnDemand leaves network "weave" to be made when Network asks for it,
+	// instead of always keeping it.
+	OnDemand         bool
+	NoMulticastRoute bool // no container gets a route for multicast
+	Log              *slog.Logger
+}
+
+// Plugin serves the engine. Its methods may be called from several goroutines.
+type Plugin struct {
+	cfg      Config
+	listener *net.UnixListener
+	wake     chan struct{} // capacity 1: the engine is there (again)
+	ready    chan struct{} // closed when the first attempt at network "weave" is over
+	making   chan struct{} // capacity 1: held while networks are made
+
+	mu        sync.Mutex               // guards what follows; never held during I/O
+	multicast map[string]bool          // option of networks, by id
+	sandboxes map[string]string        // endpoint that has the multicast route, by sandbox
+	pending   map[netip.Addr]time.Time // handed out, not yet on an endpoint
+	suspects  map[string]time.Time     // seems left over since then; by address or endpoint
+}
+
+// New binds the socket, in place of one that was left behind. Run serves it;
+// without Run, Close removes it.
+func New(cfg Config) (*Plugin, error) {
+	if cfg.Socket == "" || cfg.Attach == nil || cfg.Docker == nil || cfg.Watch == nil || cfg.Store == nil || cfg.Log == nil {
+		return nil, errors.New("plugin: incomplete configuration")
+	}
+	l, err := listen(cfg.Socket)
+	if err != nil {
+		return nil, fmt.Errorf("plugin: %w", err)
+	}
+	p := &Plugin{
+		cfg:       cfg,
+		listener:  l,
+		wake:      make(chan struct{}, 1),
+		ready:     make(chan struct{}),
+		making:    make(chan struct{}, 1),
+		multicast: make(map[string]bool),
+		sandboxes: make(map[string]string),
+		pending:   make(map[netip.Addr]time.Time),
+		suspects:  make(map[string]time.Time),
+	}
+	cfg.Watch.OnConnect(func(context.Context, []docker.Container) {
+		select {
+		case p.wake <- struct{}{}:
+		default:
+		}
+	})
+	return p, nil
+}
+
+// listen binds a unix socket. A left-over one is removed: whoever finds it
+// dead would wait for it.
+func listen(path string) (*net.UnixListener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if fi, err := os.Lstat(path); err == nil {
+		if fi.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("%s is in the way: it is no socket", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	// The engine runs as root, and nobody else has business here.
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// Close removes the socket.
+func (p *Plugin) Close() error {
+	if err := p.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	return nil
+}
+
+// Ready is closed once the first attempt to make network "weave" is over:
+// containers can be started on it, unless there is no engine.
+func (p *Plugin) Ready() <-chan struct{} { return p.ready }
+
+// Run serves the engine until ctx ends, and keeps network "weave" and the
+// record of addresses in line with the engine's. The socket is gone when it
+// returns.
+func (p *Plugin) Run(ctx context.Context) error {
+	server := &http.Server{
+		Handler:           p.routes(),
+		ReadHeaderTimeout: dockerLimit,
+		ErrorLog:          slog.NewLogLogger(p.cfg.Log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := server.Serve(p.listener); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("plugin: %w", err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		limit, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownLimit)
+		defer cancel()
+		if server.Shutdown(limit) != nil {
+			return server.Close()
+		}
+		return nil
+	})
+	g.Go(func() error { return p.follow(ctx) })
+	err := g.Wait()
+	if errors.Is(err, context.Canceled) {
+		return nil
+	}
+	return err
+}

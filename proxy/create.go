@@ -1,0 +1,270 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"weave.local/proxy/docker"
+	"weave.local/router/attach"
+)
+
+const (
+	maxCreate   = 16 << 20 // bytes of a request to make a container
+	maxCreated  = 1 << 20  // bytes of the answer
+	createLimit = 5 * time.Minute
+	tidyLimit   = 30 * time.Second
+)
+
+// variable is the environment variable that says which addresses a container
+// gets.
+const variable = "WEAVE_CIDR"
+
+// Network modes of a container.
+const (
+	modeNone    = "none"
+	modeDefault = "default"
+	modeBridge  = "bridge"
+)
+
+// wish is what a request to make a container asks of the overlay.
+type wish struct {
+	attach   bool
+	isolated bool // NetworkMode none: nothing but the overlay
+	addrs    []attach.Request
+}
+
+// parseWish reads a request to make a container. The error is for the user.
+func parseWish(body []byte, noDefault bool) (wish, error) {
+	var c struct {
+		Env             []string
+		NetworkDisabled bool
+		HostConfig      struct{ NetworkMode string }
+	}
+	if json.Unmarshal(body, &c) != nil || c.NetworkDisabled {
+		return wish{}, nil // if it is wrong, the engine says so better
+	}
+	var w wish
+	switch c.HostConfig.NetworkMode {
+	case "", modeDefault, modeBridge:
+	case modeNone:
+		w.isolated = true
+	default:
+		return wish{}, nil
+	}
+	value, set := lookup(c.Env, variable)
+	if value == "none" || !set && noDefault {
+		return wish{}, nil
+	}
+	var err error
+	if w.addrs, err = attach.ParseRequests(value); err != nil {
+		return wish{}, fmt.Errorf("weave: %s: %w", variable, err)
+	}
+	w.attach = true
+	return w, nil
+}
+
+// lookup finds the first entry of an environment.
+func lookup(env []string, name string) (string, bool) {
+	for _, e := range env {
+		if v, ok := strings.CutPrefix(e, name+"="); ok {
+			return v, true
+		}
+	}
+	return "", false
+}
+
+// membership is a network a container shall be on.
+type membership struct {
+	subnet   netip.Prefix // zero: the default one
+	request  attach.Request
+	settings docker.EndpointSettings
+}
+
+// memberships translates addresses into networks: one for each subnet.
+func (w wish) memberships() ([]membership, error) {
+	var list []membership
+	for _, r := range w.addrs {
+		m := membership{request: r, subnet: r.Net}
+		if r.IP.IsValid() {
+			m.subnet = r.IP.Masked()
+			m.settings.IPAMConfig = &docker.EndpointIPAM{IPv4Address: r.IP.Addr().String()}
+		}
+		if w.isolated {
+			m.settings.DriverOpts = map[string]string{docker.OptionGateway: "false"}
+		}
+		for _, other := range list {
+			if other.subnet == m.subnet {
+				return nil, sameSubnet(other.request, r)
+			}
+		}
+		list = append(list, m)
+	}
+	return list, nil
+}
+
+func sameSubnet(a, b attach.Request) error {
+	return fmt.Errorf("weave: %s: %s and %s are in one subnet, of which a container gets one address: add the other by 'weave attach' when it runs",
+		variable, a, b)
+}
+
+// create serves the request to make a container.
+func (p *Proxy) create(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxCreate))
+	if err != nil {
+		writeError(w, http.StatusBadRequest, fmt.Errorf("weave: request: %w", err))
+		return
+	}
+	wanted, err := parseWish(body, p.cfg.NoDefaultIPAlloc)
+	if err != nil {
+		writeError(w, http.StatusBadRequest, err)
+		return
+	}
+	list, err := wanted.memberships()
+	if err != nil {
+		writeError(w, http.StatusBadRequest, err)
+		return
+	}
+	// Once the engine has made the container, it is put on its networks or
+	// removed, whether the client waits for it or not.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), createLimit)
+	defer cancel()
+	if wanted.isolated && len(list) > 0 {
+		// The engine lets no container of mode none onto a network later.
+		if body, err = p.replaceNone(ctx, body, list[0]); err != nil {
+			writeError(w, http.StatusInternalServerError, fmt.Errorf("weave: %w", err))
+			return
+		}
+		list = list[1:]
+	}
+	resp, answer, err := p.sendCreate(ctx, r, body)
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	if wanted.attach && resp.StatusCode == http.StatusCreated {
+		if err := p.join(ctx, answer, list); err != nil {
+			writeError(w, http.StatusInternalServerError, fmt.Errorf("weave: %w", err))
+			return
+		}
+	}
+	maps.Copy(w.Header(), resp.Header)
+	w.Header().Del("Connection")
+	w.WriteHeader(resp.StatusCode)
+	_, _ = w.Write(answer)
+}
+
+// sendCreate sends the request with the given body and reads the answer.
+func (p *Proxy) sendCreate(ctx context.Context, r *http.Request, body []byte) (*http.Response, []byte, error) {
+	out := r.Clone(ctx)
+	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "docker", ""
+	out.Body, out.ContentLength, out.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
+	out.Header.Del("Connection")
+	out.Header.Del("Content-Length")
+	if _, ok := out.Header["User-Agent"]; !ok {
+		out.Header.Set("User-Agent", "") // none, instead of ours
+	}
+	resp, err := p.forward.Transport.RoundTrip(out)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxCreated))
+	return resp, answer, err
+}
+
+// join puts a container that was just made on its networks, or removes it.
+func (p *Proxy) join(ctx context.Context, answer []byte, list []membership) error {
+	var made struct {
+		ID string `json:"Id"`
+	}
+	if err := json.Unmarshal(answer, &made); err != nil {
+		return fmt.Errorf("answer to containers/create: %w", err)
+	}
+	var err error
+	for _, m := range list {
+		if err = p.connect(ctx, made.ID, m); err != nil {
+			break
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	tidy, cancel := context.WithTimeout(context.WithoutCancel(ctx), tidyLimit)
+	defer cancel()
+	return errors.Join(err, p.cfg.Docker.RemoveContainer(tidy, made.ID))
+}
+
+func (p *Proxy) connect(ctx context.Context, container string, m membership) error {
+	name, err := p.cfg.Network(ctx, m.subnet)
+	if err != nil {
+		return err
+	}
+	return p.cfg.Docker.ConnectNetwork(ctx, name, container, &m.settings)
+}
+
+// replaceNone rewrites the network mode of a request from none to the network
+// of m, which then is the only one. All else stays as it is.
+func (p *Proxy) replaceNone(ctx context.Context, body []byte, m membership) ([]byte, error) {
+	name, err := p.cfg.Network(ctx, m.subnet)
+	if err != nil {
+		return nil, err
+	}
+	return rewriteMode(body, name, m.settings)
+}
+
+func rewriteMode(body []byte, network string, settings docker.EndpointSettings) ([]byte, error) {
+	var request map[string]json.RawMessage
+	if err := json.Unmarshal(body, &request); err != nil {
+		return nil, err
+	}
+	if err := setField(request, "HostConfig", "NetworkMode", network); err != nil {
+		return nil, err
+	}
+	endpoints := map[string]docker.EndpointSettings{network: settings}
+	if err := setField(request, "NetworkingConfig", "EndpointsConfig", endpoints); err != nil {
+		return nil, err
+	}
+	return json.Marshal(request)
+}
+
+// setField sets request[object][field]. Like the engine, it takes names in any
+// case.
+func setField(request map[string]json.RawMessage, object, field string, value any) error {
+	key := foldedKey(request, object)
+	var inner map[string]json.RawMessage
+	if raw, ok := request[key]; ok {
+		if err := json.Unmarshal(raw, &inner); err != nil {
+			return err
+		}
+	}
+	if inner == nil {
+		inner = make(map[string]json.RawMessage)
+	}
+	var err error
+	if inner[foldedKey(inner, field)], err = json.Marshal(value); err != nil {
+		return err
+	}
+	request[key], err = json.Marshal(inner)
+	return err
+}
+
+func foldedKey(m map[string]json.RawMessage, name string) string {
+	if _, ok := m[name]; ok {
+		return name
+	}
+	for k := range m {
+		if strings.EqualFold(k, name) {
+			return k
+		}
+	}
+	return name
+}

@@ -1,0 +1,22 @@
+package docker
+
+// What the network plugin and the proxy agree on, and what users may put into
+// networks and endpoints of the driver.
+const (
+	// Driver is the name of the network driver and of the address driver
+	// beside it.
+	Driver = "weave"
+
+	// LabelOurs marks networks that weave made by itself and may remove.
+	LabelOurs = "works.weave.managed"
+
+	// OptionMulticast is an option of a network, and of one container's
+	// endpoint on it, that says whether the container gets a route for
+	// multicast (224.0.0.0/4). An empty value is true.
+	OptionMulticast = "works.weave.multicast"
+
+	// OptionGateway is an option of an endpoint. False keeps Docker from
+	// giving a container that is on this network alone a way to the outside
+	// by its own bridge. An empty value is true.
+	OptionGateway = "works.weave.gateway"
+)

@@ -1,0 +1,193 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"mime"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+)
+
+const (
+	maxHead = 256 << 10 // bytes of the head of an answer
+	// lastWords is how long a client may go on sending after the engine has
+	// ended the stream.
+	lastWords = 10 * time.Second
+)
+
+// isStream says whether the engine turned the connection into a stream; it
+// answers 200 to clients that did not ask for an upgrade.
+func isStream(resp *http.Response) bool {
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		return true
+	}
+	if resp.StatusCode != http.StatusOK || resp.ContentLength >= 0 || len(resp.TransferEncoding) > 0 {
+		return false
+	}
+	t, _, err := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+	return err == nil && (t == "application/vnd.docker.raw-stream" || t == "application/vnd.docker.multiplexed-stream")
+}
+
+// tunnel serves a request whose connection may become a stream. If it does,
+// the bytes go through unread in both directions, each of which can end before
+// the other.
+func (p *Proxy) tunnel(w http.ResponseWriter, r *http.Request) {
+	// A client that has nothing to send closes its half at once, which ends
+	// the request's context but not the stream.
+	ctx := context.WithoutCancel(r.Context())
+	back, err := p.cfg.Docker.Dial(ctx)
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	if !p.tunnels.add(back) {
+		_ = back.Close()
+		return
+	}
+	defer p.tunnels.remove(back)
+	defer func() { _ = back.Close() }()
+	in := bufio.NewReader(back)
+	head, resp, err := exchange(back, in, r)
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if !isStream(resp) {
+		relay(w, resp)
+		return
+	}
+	client, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	defer func() { _ = client.Close() }()
+	if !p.tunnels.add(client) {
+		return
+	}
+	defer p.tunnels.remove(client)
+	if _, err := client.Write(head); err != nil {
+		return
+	}
+	splice(client, buffered.Reader, back, in)
+}
+
+// exchange sends a request as it came and reads the head of the answer, which
+// it also returns byte for byte.
+func exchange(back net.Conn, in *bufio.Reader, r *http.Request) ([]byte, *http.Response, error) {
+	var req bytes.Buffer
+	fmt.Fprintf(&req, "%s %s HTTP/1.1\r\nHost: %s\r\n", r.Method, r.RequestURI, r.Host)
+	if err := r.Header.Write(&req); err != nil {
+		return nil, nil, err
+	}
+	req.WriteString("\r\n")
+	if _, err := io.Copy(&req, r.Body); err != nil {
+		return nil, nil, err
+	}
+	if _, err := back.Write(req.Bytes()); err != nil {
+		return nil, nil, err
+	}
+	for {
+		head, err := readHead(in)
+		if err != nil {
+			return nil, nil, err
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(io.MultiReader(bytes.NewReader(head), in)), r)
+		if err != nil {
+			return nil, nil, err
+		}
+		if resp.StatusCode >= http.StatusOK || resp.StatusCode == http.StatusSwitchingProtocols {
+			return head, resp, nil
+		}
+		_ = resp.Body.Close() // 100 Continue: the body was sent already
+	}
+}
+
+// readHead reads up to and including the empty line.
+func readHead(in *bufio.Reader) ([]byte, error) {
+	var head []byte
+	for {
+		line, err := in.ReadSlice('\n')
+		head = append(head, line...)
+		switch {
+		case errors.Is(err, bufio.ErrBufferFull):
+		case err == io.EOF:
+			return nil, io.ErrUnexpectedEOF
+		case err != nil:
+			return nil, err
+		case len(bytes.TrimRight(line, "\r\n")) == 0 && len(line) <= 2:
+			return head, nil
+		}
+		if len(head) > maxHead {
+			return nil, fmt.Errorf("head of the answer is longer than %d bytes", maxHead)
+		}
+	}
+}
+
+// relay hands on an answer that is no stream after all.
+func relay(w http.ResponseWriter, resp *http.Response) {
+	for _, h := range []string{"Connection", "Keep-Alive", "Transfer-Encoding", "Upgrade"} {
+		resp.Header.Del(h)
+	}
+	maps.Copy(w.Header(), resp.Header)
+	w.WriteHeader(resp.StatusCode)
+	_, _ = io.Copy(flushing{w}, resp.Body)
+}
+
+// flushing sends on each piece as it comes.
+type flushing struct{ w http.ResponseWriter }
+
+func (f flushing) Write(b []byte) (int, error) {
+	n, err := f.w.Write(b)
+	if err == nil {
+		err = http.NewResponseController(f.w).Flush()
+	}
+	return n, err
+}
+
+// splice copies both ways until both have ended.
+func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *bufio.Reader) {
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, err := copyFrom(back, fromClient, client)
+		if err == nil {
+			closeWrite(back)
+		}
+	})
+	_, err := copyFrom(client, fromBack, back)
+	if err != nil {
+		// The client has gone, or the engine broke off.
+		_ = back.Close()
+		_ = client.Close()
+	} else {
+		closeWrite(client)
+		_ = client.SetReadDeadline(time.Now().Add(lastWords))
+	}
+	wg.Wait()
+}
+
+// copyFrom copies what was read ahead, then the connection itself, for which
+// the kernel can move the bytes.
+func copyFrom(dst net.Conn, ahead *bufio.Reader, src net.Conn) (int64, error) {
+	n, err := io.CopyN(dst, ahead, int64(ahead.Buffered()))
+	if err != nil {
+		return n, err
+	}
+	m, err := io.Copy(dst, src)
+	return n + m, err
+}
+
+// closeWrite ends one direction of a connection.
+func closeWrite(c net.Conn) {
+	if h, ok := c.(interface{ CloseWrite() error }); ok {
+		_ = h.CloseWrite()
+	}
+}

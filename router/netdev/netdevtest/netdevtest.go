@@ -4,6 +4,7 @@
 package netdevtest
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -120,7 +121,7 @@ func Try(t *testing.T, path string, args ...string) (string, error) {
 	if path != "" {
 		args = append([]string{"nsenter", "--net=" + path}, args...)
 	}
-	out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput()
+	out, err := exec.CommandContext(context.WithoutCancel(t.Context()), args[0], args[1:]...).CombinedOutput()
 	return strings.TrimSpace(string(out)), err
 }
 

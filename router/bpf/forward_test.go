@@ -205,7 +205,7 @@ func TestOwnErrors(t *testing.T) {
 
 func TestProbe(t *testing.T) {
 	b := newBench(t)
-	probe := ethernet(MAC{}, MAC{}, 0x88b5, []byte{1, 2, 3, 4, 5, 6, 7, 8})
+	probe := ethernet(MAC{}, MAC{}, 0x88b5, []byte{1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 60})
 	b.want("from a neighbour", b.run("scene_vxlan_in", fromVXLAN(leftAddr(), left, self, 60), probe), verdictDrop, "probes")
 
 	got := make(chan Probe, 1)
@@ -213,7 +213,7 @@ func TestProbe(t *testing.T) {
 	go func() { done <- b.ReadProbes(t.Context(), func(p Probe) { got <- p }) }()
 	select {
 	case p := <-got:
-		if want := (Probe{Token: 0x0102030405060708, Size: 64, From: left}); p != want {
+		if want := (Probe{Token: 0x0102030405060708, Size: 60, From: left}); p != want {
 			t.Errorf("got %+v, want %+v", p, want)
 		}
 	case err := <-done:
@@ -228,5 +228,7 @@ func TestProbe(t *testing.T) {
 	} {
 		b.want(what, b.run("scene_vxlan_in", s, probe), verdictDrop, "dropped_probes")
 	}
+	boast := ethernet(MAC{}, MAC{}, 0x88b5, []byte{1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 65})
+	b.want("claims more than it is", b.run("scene_vxlan_in", fromVXLAN(leftAddr(), left, self, 60), boast), verdictDrop, "dropped_probes")
 	b.want("by the TAP", b.run("scene_tap_in", fromTAP(slow, self, 9), probe), verdictDrop, "from_sleeve", "dropped_probes")
 }

@@ -399,13 +399,17 @@ static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, stru
 {
 	if (!from || dst != c->self || !is_among(from, src))
 		return drop(COUNT_DROPPED_PROBES);
+	struct { __be64 token; __be32 size; } __attribute__((packed)) said;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &said, sizeof(said)))
+		return drop(COUNT_DROPPED_PROBES);
+	__u32 size = bpf_ntohl(said.size);
+	if (size > skb->len - ETH_HLEN && size > sizeof(said)) /* proves less than it claims */
+		return drop(COUNT_DROPPED_PROBES);
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e)
 		return drop(COUNT_DROPPED_PROBES);
-	e->token = 0;
-	bpf_skb_load_bytes(skb, ETH_HLEN, &e->token, sizeof(e->token));
-	e->token = bpf_be64_to_cpu(e->token);
-	e->size = skb->len - ETH_HLEN;
+	e->token = bpf_be64_to_cpu(said.token);
+	e->size = size;
 	e->from = src;
 	e->pad = 0;
 	bpf_ringbuf_submit(e, 0);

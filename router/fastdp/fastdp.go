@@ -21,11 +21,14 @@
 // A probe is a frame with both addresses zero, sent from an ordinary socket
 // with DF set, so that its size is proven by its arrival:
 //
-//	 0                8               20       22          30
-//	+----------------+---------------+--------+-----------+---------+
-//	| VXLAN header   | 12 zero bytes | 0x88b5 | token     | zeroes  |
-//	+----------------+---------------+--------+-----------+---------+
-//	                                            big endian
+//	0              8               20       22      30     34
+//	+--------------+---------------+--------+-------+------+--------+
+//	| VXLAN header | 12 zero bytes | 0x88b5 | token | size | zeroes |
+//	+--------------+---------------+--------+-------+------+--------+
+//
+// Numbers are big endian. size is that of the IP packet the probe stands for,
+// in bytes: the probe is as long as a frame with such a packet, but not below
+// the least that Ethernet has.
 //
 // 0x88b5 is the EtherType for local experiments (IEEE 802). The receiver
 // takes a probe only if it is the destination, the source is a neighbour and
@@ -57,6 +60,8 @@ type Config struct {
 	TapName string      // device of the sleeve; it may come and go
 	OnProbe overlay.ProbeFunc
 	Log     *slog.Logger
+
+	noTCX bool // for tests: as on a kernel without it
 }
 
 // DataPath is the fast path. It implements overlay.Switch.
@@ -94,6 +99,7 @@ func New(cfg Config) (*DataPath, error) {
 	d := &DataPath{
 		cfg:        cfg,
 		log:        cfg.Log,
+		clsact:     cfg.noTCX,
 		ports:      make(map[int]bpf.Port),
 		remote:     make(map[bpf.MAC]bpf.Endpoint),
 		told:       make(map[string]bool),
@@ -135,13 +141,8 @@ func (d *DataPath) setUp(undo *undoList) error {
 	if d.deferred, err = d.objs.Supersedes(); err != nil {
 		return err
 	}
-	bridge, err := netdev.EnsureBridge(d.cfg.Bridge, d.cfg.MAC, d.cfg.MTU)
-	if err != nil {
+	if err := d.setUpBridge(undo); err != nil {
 		return err
-	}
-	d.bridge = bridge.Index
-	if bridge.Created {
-		undo.add(func() error { return netdev.DeleteLink(d.cfg.Bridge) })
 	}
 	if err := d.setUpVXLAN(undo); err != nil {
 		return err
@@ -150,6 +151,21 @@ func (d *DataPath) setUp(undo *undoList) error {
 		return err
 	}
 	return d.attachTAP()
+}
+
+func (d *DataPath) setUpBridge(undo *undoList) error {
+	name := d.cfg.Bridge
+	_, err := netdev.DeviceByName(name)
+	created := errors.Is(err, netdev.ErrNoDevice)
+	if err := netdev.EnsureBridge(name, d.cfg.MAC, d.cfg.MTU); err != nil {
+		return err
+	}
+	if created {
+		undo.add(func() error { return netdev.DeleteLink(name) })
+	}
+	dev, err := netdev.DeviceByName(name)
+	d.bridge = dev.Index
+	return err
 }
 
 // setUpVXLAN makes the VXLAN device forward. It becomes a port of the bridge

@@ -24,6 +24,7 @@ const (
 	etherTypeAt    = vxlanHeader + etherHeader - 2
 	probeEtherType = 0x88b5
 	tokenAt        = vxlanHeader + etherHeader
+	sizeAt         = tokenAt + 8
 	minProbeSize   = 46 // bytes after the Ethernet header: the least Ethernet has
 	maxProbeSize   = 65535 - overhead4
 )
@@ -45,16 +46,17 @@ func (d *DataPath) Probe(to peer.ShortID, token uint64, size int) error {
 		return fmt.Errorf("peer %d is no neighbour that the fast path could reach", to)
 	case self == 0:
 		return errors.New("this peer has no short id yet")
-	case size > maxProbeSize:
-		return &overlay.TooBigError{MTU: maxProbeSize}
+	case size < 0:
+		return fmt.Errorf("probe of %d bytes", size)
 	}
 	s, err := d.socketTo(n)
 	if err != nil {
 		return err
 	}
-	_, err = s.conn.Write(appendProbe(nil, self, to, token, size))
+	p := appendProbe(nil, self, to, token, min(size, maxProbeSize+1)) // which is too big
+	_, err = s.conn.Write(p)
 	if errors.Is(err, unix.ECONNREFUSED) { // the answer to the last one, which kept this one from leaving
-		_, err = s.conn.Write(appendProbe(nil, self, to, token, size))
+		_, err = s.conn.Write(p)
 	}
 	switch {
 	case err == nil:
@@ -73,6 +75,7 @@ func appendProbe(b []byte, self, to peer.ShortID, token uint64, size int) []byte
 	binary.BigEndian.PutUint32(p[vniOffset:], vni<<vniShift)
 	binary.BigEndian.PutUint16(p[etherTypeAt:], probeEtherType)
 	binary.BigEndian.PutUint64(p[tokenAt:], token)
+	binary.BigEndian.PutUint32(p[sizeAt:], uint32(size))
 	return append(b, p...)
 }
 

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"weave.local/peer"
 	"weave.local/router/frame"
 )
@@ -77,15 +79,23 @@ func (w *wire) receive(t testing.TB, ds [][]byte) {
 	}
 }
 
+// headLen is the length of all headers of a TCP or UDP frame.
+func (p *packet) headLen() int {
+	l4 := int(p.csumStart)
+	if p.csumAt == frame.TCPChecksum {
+		return l4 + int(p.data[l4+12]>>4)*4
+	}
+	return l4 + frame.UDPLen
+}
+
 // slowSegments cuts a super-frame into the frames of size bytes of payload
 // that it stands for, with complete checksums.
 func slowSegments(p *packet, size int) [][]byte {
-	l4 := int(p.csumStart)
-	headLen := l4 + frame.UDPLen
+	l4, headLen := int(p.csumStart), p.headLen()
 	tcp := p.csumAt == frame.TCPChecksum
 	proto := byte(frame.ProtoUDP)
 	if tcp {
-		headLen, proto = l4+int(p.data[l4+12]>>4)*4, frame.ProtoTCP
+		proto = frame.ProtoTCP
 	}
 	v6 := binary.BigEndian.Uint16(p.data[12:]) == frame.TypeIPv6
 	payload := p.data[headLen:]
@@ -274,6 +284,33 @@ func TestTooSmall(t *testing.T) {
 	w := newWire(100)
 	if ds := w.datagrams(testPlain(1500)); len(ds) != 0 || w.s.count.tooBig.Load() != 1 {
 		t.Errorf("%d datagrams", len(ds))
+	}
+}
+
+// TestRefused tells a kernel that cannot cut messages from a path that shrank.
+func TestRefused(t *testing.T) {
+	for _, c := range []struct {
+		errno         unix.Errno
+		mtu           int // as the kernel says after the refusal
+		again         bool
+		tooBig, other uint64
+	}{
+		{unix.EIO, 1500, true, 0, 0},
+		{unix.EINVAL, 1500, true, 0, 0},
+		{unix.EINVAL, 1300, false, 1, 0},
+		{unix.EMSGSIZE, 1300, false, 1, 0},
+		{unix.ENETUNREACH, 1500, false, 0, 1},
+	} {
+		w := newWire(1500)
+		w.s.refreshMTU = func(n *neighbour) { n.pathMTU.Store(int32(c.mtu)) }
+		w.s.msgs = append(w.s.msgs, message{to: w.to, len: 30000, seg: 1472})
+		next := w.s.refused(0, c.errno)
+		if (next == 0) != c.again || w.to.plain != c.again || w.s.count.tooBig.Load() != c.tooBig || w.s.count.sendFailed.Load() != c.other {
+			t.Errorf("%v, MTU %d: next %d, plain %v, %v", c.errno, c.mtu, next, w.to.plain, w.s.count.snapshot())
+		}
+		if c.again && w.s.refused(0, c.errno) != 1 {
+			t.Errorf("%v: tried for ever", c.errno)
+		}
 	}
 }
 

@@ -261,8 +261,7 @@ func (s *sender) took(i int) int {
 // says EIO or EINVAL; EINVAL may also be a path MTU that shrank.
 func (s *sender) refused(i int, errno unix.Errno) int {
 	m := &s.msgs[i]
-	switch errno {
-	case unix.EIO, unix.EINVAL, unix.EMSGSIZE:
+	if errno == unix.EIO || errno == unix.EINVAL || errno == unix.EMSGSIZE {
 		s.refreshMTU(m.to)
 		if m.seg > m.to.maxDatagram() || errno == unix.EMSGSIZE {
 			s.count.tooBig.Add(1)

@@ -255,13 +255,12 @@ func (s *socket) trySend(fd uintptr) bool {
 	for b.done < b.used {
 		r, _, e := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&b.msgs[b.done])),
 			uintptr(b.used-b.done), unix.MSG_DONTWAIT, 0, 0)
-		switch e {
-		case 0:
-			b.done += int(r)
-		case unix.EINTR:
-		case unix.EAGAIN:
+		if e == unix.EAGAIN {
 			return false
-		default:
+		}
+		if e == 0 {
+			b.done += int(r)
+		} else if e != unix.EINTR {
 			b.err = e
 			return true
 		}
@@ -317,10 +316,10 @@ func (s *socket) tryReceive(fd uintptr) bool {
 	for {
 		r, _, e := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.msgs[0])),
 			uintptr(len(s.bufs)), unix.MSG_DONTWAIT, 0, 0)
-		switch e {
-		case unix.EINTR:
+		if e == unix.EINTR {
 			continue
-		case unix.EAGAIN:
+		}
+		if e == unix.EAGAIN {
 			return false
 		}
 		b.done, b.err = int(r), e

@@ -141,10 +141,10 @@ func (t *tap) read(b []byte, wait bool) (int, error) {
 func (t *tap) tryRead(fd uintptr) bool {
 	for {
 		n, err := unix.Read(int(fd), t.readBuf)
-		switch err {
-		case unix.EINTR:
+		if errors.Is(err, unix.EINTR) {
 			continue
-		case unix.EAGAIN:
+		}
+		if errors.Is(err, unix.EAGAIN) {
 			t.readLen, t.readErr = 0, nil
 			return !t.wait
 		}

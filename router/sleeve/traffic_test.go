@@ -111,11 +111,19 @@ func (c *container) do(f func()) { c.space.do(f) }
 // running is a container on each of two hosts, joined by an underlay.
 func running(t *testing.T, underlay, inside int) (a, b *container) {
 	t.Helper()
+	return runningWith(t, underlay, inside, func(*host) {})
+}
+
+// runningWith is running, with prepare done to both hosts before they serve.
+func runningWith(t *testing.T, underlay, inside int, prepare func(*host)) (a, b *container) {
+	t.Helper()
 	x, y := pair(t, underlay)
 	a = &container{x.attach(t, y, inside), x, inside4(x), inside6(x)}
 	b = &container{y.attach(t, x, inside), y, inside4(y), inside6(y)}
 	x.apply(t, forwarding(1, addr4, 2))
 	y.apply(t, forwarding(2, addr4, 1))
+	prepare(x)
+	prepare(y)
 	x.serve(t)
 	y.serve(t)
 	return a, b
@@ -266,6 +274,21 @@ func TestWithoutOffload(t *testing.T) {
 	}
 	stream(t, a, b, b.addr4, 4<<20)
 	stream(t, b, a, a.addr6, 4<<20)
+	a.quiet(t)
+	b.quiet(t)
+}
+
+// A kernel that does not cut messages gets each datagram as a message.
+func TestWithoutSegmentation(t *testing.T) {
+	a, b := runningWith(t, 1500, 1426, func(h *host) {
+		for _, n := range h.path.table.Load().neighbours {
+			if n != nil {
+				n.plain = true
+			}
+		}
+	})
+	stream(t, a, b, b.addr4, 4<<20)
+	datagrams(t, a, b, b.addr4, 100, 60000)
 	a.quiet(t)
 	b.quiet(t)
 }

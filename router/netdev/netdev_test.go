@@ -330,8 +330,8 @@ func TestForwardingIsRestored(t *testing.T) {
 	if err := f.Restore(); err != nil {
 		t.Fatal(err)
 	}
-	if after := netdevtest.Host(t); after != before {
-		t.Errorf("after:\n%s\nbefore:\n%s", after, before)
+	if d := netdevtest.Changes(before, netdevtest.Host(t)); d != "" {
+		t.Errorf("the host has changed:\n%s", d)
 	}
 }
 

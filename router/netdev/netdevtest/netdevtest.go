@@ -6,10 +6,12 @@ package netdevtest
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -163,6 +165,34 @@ func Host(t *testing.T) string {
 		if err == nil {
 			fmt.Fprintf(&b, "%s %s", s, v)
 		}
+	}
+	return b.String()
+}
+
+// Changes compares two results of Host: lines that went, behind a minus, and
+// lines that came, behind a plus; "" when they are equal.
+func Changes(before, after string) string {
+	if before == after {
+		return ""
+	}
+	count := make(map[string]int)
+	for line := range strings.Lines(before) {
+		count[line]--
+	}
+	for line := range strings.Lines(after) {
+		count[line]++
+	}
+	var b strings.Builder
+	for _, line := range slices.Sorted(maps.Keys(count)) {
+		switch n := count[line]; {
+		case n < 0:
+			b.WriteString("-" + line)
+		case n > 0:
+			b.WriteString("+" + line)
+		}
+	}
+	if b.Len() == 0 {
+		return "another order"
 	}
 	return b.String()
 }

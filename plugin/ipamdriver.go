@@ -8,12 +8,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/uuid"
+	"weave.local/ipam"
 )
 
-// anonymous begins the owner under which an address of a plugin network is
-// recorded: the engine asks for it without saying for which container.
-const anonymous = "_"
+// holder is the owner under which an address of a plugin network is recorded:
+// the engine asks for it without saying for which container.
+func holder(addr netip.Addr) string { return ipam.Anonymous + addr.String() }
 
 // poolPrefix begins the identifier of a pool, which carries all there is to
 // know: weave-<subnet>-<range>.
@@ -147,7 +147,7 @@ func (p *Plugin) allocate(ctx context.Context, l pool) (netip.Addr, error) {
 	if p.cfg.Alloc == nil {
 		return netip.Addr{}, errors.New("address allocation is switched off: give the container an --ip")
 	}
-	got, err := p.cfg.Alloc.Allocate(ctx, anonymous+uuid.NewString(), l.part)
+	got, err := p.cfg.Alloc.Allocate(ctx, ipam.Anonymous, l.part)
 	if err != nil {
 		return netip.Addr{}, err
 	}
@@ -163,16 +163,13 @@ func (p *Plugin) claim(ctx context.Context, l pool, want string) (netip.Addr, er
 	if addr == l.subnet.Addr() {
 		return netip.Addr{}, fmt.Errorf("address %s is the address of the network itself", addr)
 	}
-	if holder, used := p.inUse(addr); used {
-		return netip.Addr{}, fmt.Errorf("address %s is in use on this host by %s", addr, holder)
+	// All plugin networks are one owner to the allocator, so who of them has
+	// the address is to be seen here.
+	if user, used := p.inUse(addr); used {
+		return netip.Addr{}, fmt.Errorf("address %s is in use on this host by %s", addr, user)
 	}
 	if p.cfg.Alloc != nil {
-		if owner := p.owner(addr); owner == "" {
-			err = p.cfg.Alloc.Claim(ctx, anonymous+addr.String(), netip.PrefixFrom(addr, l.subnet.Bits()))
-		} else if !strings.HasPrefix(owner, anonymous) {
-			err = fmt.Errorf("address %s is in use on this host by %s", addr, owner)
-		}
-		if err != nil {
+		if err := p.cfg.Alloc.Claim(ctx, holder(addr), netip.PrefixFrom(addr, l.subnet.Bits())); err != nil {
 			return netip.Addr{}, err
 		}
 	}
@@ -180,20 +177,8 @@ func (p *Plugin) claim(ctx context.Context, l pool, want string) (netip.Addr, er
 	return addr, nil
 }
 
-// owner is who holds an address by this peer's records; empty for nobody.
-func (p *Plugin) owner(addr netip.Addr) string {
-	for owner, held := range p.cfg.Alloc.Owned() {
-		for _, h := range held {
-			if h.Addr() == addr {
-				return owner
-			}
-		}
-	}
-	return ""
-}
-
 // inUse says whether an endpoint has the address or is about to.
-func (p *Plugin) inUse(addr netip.Addr) (holder string, used bool) {
+func (p *Plugin) inUse(addr netip.Addr) (user string, used bool) {
 	for _, a := range p.cfg.Attach.List() {
 		for _, x := range a.Addrs {
 			if x.Addr() == addr {
@@ -238,9 +223,8 @@ func (p *Plugin) free(addr netip.Addr) error {
 	if p.cfg.Alloc == nil {
 		return nil
 	}
-	owner := p.owner(addr)
-	if !strings.HasPrefix(owner, anonymous) {
+	if len(p.cfg.Alloc.Lookup(holder(addr), netip.Prefix{})) == 0 {
 		return nil
 	}
-	return p.cfg.Alloc.Free(owner, addr)
+	return p.cfg.Alloc.Free(holder(addr), addr)
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"strings"
 	"time"
 
 	"weave.local/proxy/docker"
@@ -91,7 +90,7 @@ func (p *Plugin) Reconcile(ctx context.Context) error {
 		for owner, list := range p.cfg.Alloc.Owned() {
 			for _, a := range list {
 				held[a.Addr()] = true
-				if _, used := addrs[a.Addr()]; used || !strings.HasPrefix(owner, anonymous) {
+				if _, used := addrs[a.Addr()]; used || owner != holder(a.Addr()) {
 					continue
 				}
 				seen[a.Addr().String()] = true
@@ -152,7 +151,7 @@ func (p *Plugin) claimMissing(ctx context.Context, used map[netip.Addr]netip.Pre
 		if held[addr] {
 			continue
 		}
-		if err := p.cfg.Alloc.Claim(ctx, anonymous+addr.String(), full); err != nil {
+		if err := p.cfg.Alloc.Claim(ctx, holder(addr), full); err != nil {
 			errs = append(errs, fmt.Errorf("address %s of a running container: %w", addr, err))
 		}
 	}

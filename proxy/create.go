@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -85,15 +86,16 @@ func lookup(env []string, name string) (string, bool) {
 // membership is a network a container shall be on.
 type membership struct {
 	subnet   netip.Prefix // zero: the default one
-	request  attach.Request
 	settings docker.EndpointSettings
 }
 
-// memberships translates addresses into networks: one for each subnet.
-func (w wish) memberships() ([]membership, error) {
-	var list []membership
+// split divides what a container asks for: the networks the engine attaches
+// it to by itself, one for each subnet, and the rest. The engine takes no
+// second address of a subnet, nor one of a subnet that overlaps another.
+func (w wish) split(defaultSubnet netip.Prefix) (list []membership, rest []attach.Request) {
+	var taken []netip.Prefix
 	for _, r := range w.addrs {
-		m := membership{request: r, subnet: r.Net}
+		m := membership{subnet: r.Net}
 		if r.IP.IsValid() {
 			m.subnet = r.IP.Masked()
 			m.settings.IPAMConfig = &docker.EndpointIPAM{IPv4Address: r.IP.Addr().String()}
@@ -101,19 +103,18 @@ func (w wish) memberships() ([]membership, error) {
 		if w.isolated {
 			m.settings.DriverOpts = map[string]string{docker.OptionGateway: "false"}
 		}
-		for _, other := range list {
-			if other.subnet == m.subnet {
-				return nil, sameSubnet(other.request, r)
-			}
+		subnet := m.subnet
+		if !subnet.IsValid() {
+			subnet = defaultSubnet
 		}
+		if slices.ContainsFunc(taken, subnet.Overlaps) {
+			rest = append(rest, r)
+			continue
+		}
+		taken = append(taken, subnet)
 		list = append(list, m)
 	}
-	return list, nil
-}
-
-func sameSubnet(a, b attach.Request) error {
-	return fmt.Errorf("weave: %s: %s and %s are in one subnet, of which a container gets one address: add the other by 'weave attach' when it runs",
-		variable, a, b)
+	return list, rest
 }
 
 // create serves the request to make a container.
@@ -128,11 +129,7 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, err)
 		return
 	}
-	list, err := wanted.memberships()
-	if err != nil {
-		writeError(w, http.StatusBadRequest, err)
-		return
-	}
+	list, rest := wanted.split(p.cfg.DefaultSubnet)
 	// Once the engine has made the container, it is put on its networks or
 	// removed, whether the client waits for it or not.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), createLimit)
@@ -145,25 +142,30 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request) {
 		}
 		list = list[1:]
 	}
-	resp, answer, err := p.sendCreate(ctx, r, body)
+	resp, answer, err := p.roundTrip(ctx, r, body)
 	if err != nil {
 		p.forward.ErrorHandler(w, r, err)
 		return
 	}
 	if wanted.attach && resp.StatusCode == http.StatusCreated {
-		if err := p.join(ctx, answer, list); err != nil {
+		if err := p.join(ctx, answer, list, rest); err != nil {
 			writeError(w, http.StatusInternalServerError, fmt.Errorf("weave: %w", err))
 			return
 		}
 	}
+	respond(w, resp, answer)
+}
+
+// respond hands on an answer that was read.
+func respond(w http.ResponseWriter, resp *http.Response, answer []byte) {
 	maps.Copy(w.Header(), resp.Header)
 	w.Header().Del("Connection")
 	w.WriteHeader(resp.StatusCode)
 	_, _ = w.Write(answer)
 }
 
-// sendCreate sends the request with the given body and reads the answer.
-func (p *Proxy) sendCreate(ctx context.Context, r *http.Request, body []byte) (*http.Response, []byte, error) {
+// roundTrip sends a request with the given body and reads the answer.
+func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (*http.Response, []byte, error) {
 	out := r.Clone(ctx)
 	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "docker", ""
 	out.Body, out.ContentLength, out.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
@@ -181,8 +183,9 @@ func (p *Proxy) sendCreate(ctx context.Context, r *http.Request, body []byte) (*
 	return resp, answer, err
 }
 
-// join puts a container that was just made on its networks, or removes it.
-func (p *Proxy) join(ctx context.Context, answer []byte, list []membership) error {
+// join puts a container that was just made on its networks and notes the rest,
+// or removes it.
+func (p *Proxy) join(ctx context.Context, answer []byte, list []membership, rest []attach.Request) error {
 	var made struct {
 		ID string `json:"Id"`
 	}
@@ -194,6 +197,9 @@ func (p *Proxy) join(ctx context.Context, answer []byte, list []membership) erro
 		if err = p.connect(ctx, made.ID, m); err != nil {
 			break
 		}
+	}
+	if err == nil {
+		err = p.extras.keep(made.ID, rest)
 	}
 	if err == nil {
 		return nil

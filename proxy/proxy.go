@@ -6,6 +6,10 @@
 // asks for becomes networks of driver weave, one for each subnet, to which the
 // container is connected before the client learns that it was made. The engine
 // attaches it from then on, at each start, before its process runs.
+//
+// The engine refuses a container two addresses of one subnet or of subnets that
+// overlap. Such further addresses are added when the container has started, and
+// a client that started it through the proxy gets its answer after that.
 package proxy
 
 import (
@@ -26,7 +30,9 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"weave.local/peer/state"
 	"weave.local/proxy/docker"
+	"weave.local/router/attach"
 )
 
 const (
@@ -49,8 +55,15 @@ type Config struct {
 	NoDefaultIPAlloc bool
 	// Network makes the network for a subnet unless it is there, zero being
 	// the default subnet, and returns its name.
-	Network func(ctx context.Context, subnet netip.Prefix) (string, error)
-	Log     *slog.Logger
+	Network       func(ctx context.Context, subnet netip.Prefix) (string, error)
+	DefaultSubnet netip.Prefix // invalid: there is none
+	// Attach adds the addresses that the engine can't give to a container,
+	// once it runs; Watch, which the caller runs and New registers with,
+	// tells when that is, and Store keeps which ones they are.
+	Attach *attach.Manager
+	Watch  *docker.Watcher
+	Store  *state.Bucket
+	Log    *slog.Logger
 }
 
 // Proxy serves clients of the engine.
@@ -61,15 +74,17 @@ type Proxy struct {
 	paths     []string // of unix sockets
 	forward   *httputil.ReverseProxy
 	tunnels   tunnels
+	extras    *extras
 }
 
 // New binds the sockets, in place of ones that were left behind. Run serves
 // them; without Run, Close removes them.
 func New(cfg Config) (*Proxy, error) {
-	if len(cfg.Listen) == 0 || cfg.Docker == nil || cfg.Network == nil || cfg.Log == nil {
+	if len(cfg.Listen) == 0 || cfg.Docker == nil || cfg.Network == nil ||
+		cfg.Attach == nil || cfg.Watch == nil || cfg.Store == nil || cfg.Log == nil {
 		return nil, errors.New("proxy: incomplete configuration")
 	}
-	p := &Proxy{cfg: cfg, tunnels: tunnels{open: make(map[net.Conn]struct{})}}
+	p := &Proxy{cfg: cfg, tunnels: tunnels{open: make(map[net.Conn]struct{})}, extras: newExtras(cfg)}
 	p.forward = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "docker"
@@ -218,6 +233,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 			return nil
 		})
 	}
+	g.Go(func() error { return p.extras.run(ctx) })
 	g.Go(func() error {
 		tick := time.NewTicker(ownerInterval)
 		defer tick.Stop()

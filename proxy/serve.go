@@ -25,6 +25,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Method == http.MethodPost && path == "/containers/create":
 		p.create(w, r)
+	case r.Method == http.MethodPost && startedContainer(path) != "" && p.extras.any():
+		p.start(w, r, startedContainer(path))
 	case takesOver(r, path):
 		p.tunnel(w, r)
 	default:
@@ -50,6 +52,15 @@ func takesOver(r *http.Request, path string) bool {
 	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
 	return len(parts) == 3 && (parts[0] == "containers" && parts[2] == "attach" ||
 		parts[0] == "exec" && parts[2] == "start")
+}
+
+// startedContainer is the container that a path starts or restarts, "" if none.
+func startedContainer(path string) string {
+	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
+	if len(parts) == 3 && parts[0] == "containers" && (parts[2] == "start" || parts[2] == "restart") {
+		return parts[1]
+	}
+	return ""
 }
 
 // writeError answers as the engine does.

@@ -88,3 +88,17 @@ func (c *Client) RemoveContainer(ctx context.Context, ref string) error {
 	}
 	return err
 }
+
+// KillContainer ends a running container's processes. One that is not running
+// is no error.
+func (c *Client) KillContainer(ctx context.Context, ref string) error {
+	p, err := reference("container", ref)
+	if err != nil {
+		return err
+	}
+	err = c.call(ctx, http.MethodPost, "/containers/"+p+"/kill", nil, nil, nil)
+	if IsNotFound(err) || IsConflict(err) {
+		return nil
+	}
+	return err
+}

@@ -101,6 +101,9 @@ func (m *Manager) prepare(t Target) (r, before *record, err error) {
 	r = &record{ID: t.ID, Kind: KindContainer, MAC: netdev.RandomMAC(), PeerIf: InsideName,
 		HostIf: containerHostIf(t.ID, ns), NetNS: t.NetNS, NS: ns,
 		NoMulticastRoute: t.NoMulticastRoute || m.cfg.NoMulticastRoute}
+	if other := m.named(r.HostIf, t.ID); other != "" {
+		return nil, nil, fmt.Errorf("%s: its device %s belongs to %s: start it again to get another", t.ID, r.HostIf, other)
+	}
 	return r, before, nil
 }
 

@@ -87,7 +87,7 @@ func AnnounceAddrs(dev string, addrs []netip.Prefix) error {
 	if err != nil {
 		return fmt.Errorf("announce addresses of %s: %w", dev, err)
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	var mac [6]byte
 	copy(mac[:], l.Attrs().HardwareAddr)
 	to := &unix.SockaddrLinklayer{Ifindex: l.Attrs().Index, Halen: 6, Addr: [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}

@@ -92,7 +92,7 @@ func Do(path string, f func() error) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	done := make(chan error, 1)
 	go func() { done <- enter(fd, f) }()
 	return <-done
@@ -107,7 +107,7 @@ func enter(fd int, f func() error) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(own)
+	defer func() { _ = unix.Close(own) }()
 	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
 		return fmt.Errorf("enter network namespace: %w", err)
 	}
@@ -153,7 +153,7 @@ func FindNamespace(nsid int) (string, error) {
 			continue
 		}
 		id, err := netlink.GetNetNsIdByFd(fd)
-		unix.Close(fd)
+		_ = unix.Close(fd)
 		if err == nil && id == nsid {
 			return path, nil
 		}

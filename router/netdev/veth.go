@@ -45,7 +45,7 @@ func CreateVeth(s VethSpec) (int, error) {
 		if err != nil {
 			return 0, err
 		}
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 		veth.PeerNamespace = netlink.NsFd(fd)
 	}
 	if err := netlink.LinkAdd(veth); err != nil {

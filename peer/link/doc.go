@@ -1,0 +1,60 @@
+// Package link keeps TCP control links between peers and carries over them
+// the link state, messages and streams addressed to a peer by name, hop by hop
+// where there is no direct link.
+//
+// # Handshake
+//
+// Both ends of a new TCP connection send, at once, integers big endian:
+//
+//	6 bytes  "weave/"
+//	1 byte   lowest protocol version spoken
+//	1 byte   highest protocol version spoken
+//
+// The highest version both speak is used (there is version 1 only). Then each
+// sends one handshake frame: 2 bytes length, 1 byte type, body. First of all an
+// intro (type 1):
+//
+//	8 bytes  nonce, random
+//	an Info  see package peer; its port is the sender's listening port
+//
+// The exclusive or of both nonces is the session of the link. Then both ends
+// give a verdict: welcome (type 2, empty) or refusal (type 3: 1 byte code,
+// reason as text). The end with the higher UID (the higher name, should these
+// be equal) speaks first, the other, the chair, last, so that of two links that
+// the same two peers open at one time the chair keeps the one it welcomed first
+// and both ends know which. An established link never gives way to a new one:
+// it ends when it is dead. Longer bodies are accepted and their tails ignored.
+//
+// # Link
+//
+// After a welcome from the chair the connection is a yamux session whose client
+// is the dialling end. The first stream, opened by the client, carries control
+// frames: 4 bytes length of what follows (at most MaxPayload and a header), 1
+// byte type, body:
+//
+//	1  hello      8 bytes digest of the sender's link-state database
+//	2  records    link-state records, see package peer
+//	3  datagram   1 byte hops left, 6 bytes destination, 6 bytes source,
+//	              1 byte kind, payload
+//	4  broadcast  1 byte hops left, 6 bytes source, 8 bytes sequence number,
+//	              1 byte kind, payload
+//	5  bye        reason as text; the sender closes the link
+//
+// Unknown types are ignored. A hello is sent every second; a link over which
+// nothing arrived for 2.5 s is dead. When two hellos in a row show another
+// digest than ours, all records are sent once more.
+//
+// Every other stream of the session is one hop of a stream between two peers.
+// Its opener sends
+//
+//	1 byte   version (1)
+//	1 byte   hops left
+//	6 bytes  destination
+//	6 bytes  source
+//
+// and gets 1 byte back, once the destination has it: 6 for accepted, or a
+// reason why not: 1 no route, 2 too many hops, 3 the destination is busy. Each
+// direction ends by itself. A link that breaks ends the stream; through a relay
+// this looks like an ordinary end, so what is sent over a stream must tell by
+// itself where it is complete.
+package link

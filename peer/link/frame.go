@@ -1,0 +1,166 @@
+package link
+
+import (
+	"encoding/binary"
+	"errors"
+
+	"weave.local/peer"
+)
+
+// Types of control frames.
+const (
+	typeHello     = 1
+	typeRecords   = 2
+	typeDatagram  = 3
+	typeBroadcast = 4
+	typeBye       = 5
+)
+
+const (
+	headSize  = 5 // length and type
+	nameSize  = 6
+	msgHead   = 64 // room for the header of a message
+	maxBody   = MaxPayload + msgHead
+	batchSize = 64 << 10 // of records in one frame, more only for a single large one
+	maxTTL    = 64
+)
+
+var errFrame = errors.New("malformed frame") //nolint:gochecknoglobals // a sentinel
+
+// frame puts a body behind its head.
+func frame(typ byte, body []byte) []byte {
+	b := make([]byte, headSize, headSize+len(body))
+	b[4] = typ
+	return seal(append(b, body...))
+}
+
+// seal fills in the length of a complete frame.
+func seal(b []byte) []byte {
+	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
+	return b
+}
+
+func helloFrame(digest uint64) []byte {
+	return frame(typeHello, binary.BigEndian.AppendUint64(nil, digest))
+}
+
+// recordFrames packs records into as few frames as is reasonable.
+func recordFrames(records []peer.Record) [][]byte {
+	var frames [][]byte
+	b := make([]byte, headSize, 1024)
+	for i, r := range records {
+		b = peer.AppendRecord(b, r)
+		if len(b) >= batchSize || i == len(records)-1 {
+			b[4] = typeRecords
+			frames = append(frames, seal(b))
+			b = make([]byte, headSize, 1024)
+		}
+	}
+	return frames
+}
+
+// parseRecords reads all records it can and returns with them the first error.
+func parseRecords(b []byte) (records []peer.Record, err error) {
+	for len(b) > 0 {
+		r, rest, e := peer.ParseRecord(b)
+		if e == nil {
+			records = append(records, r)
+		} else if err == nil {
+			err = e
+		}
+		b = rest
+	}
+	return records, err
+}
+
+// datagram is a message to one peer.
+type datagram struct {
+	ttl      byte
+	dst, src peer.Name
+	kind     byte
+	payload  []byte
+}
+
+func (d datagram) frame() []byte {
+	b := make([]byte, headSize, headSize+msgHead+len(d.payload))
+	b[4] = typeDatagram
+	b = append(b, d.ttl)
+	b = appendName(b, d.dst)
+	b = appendName(b, d.src)
+	b = append(b, d.kind)
+	return seal(append(b, d.payload...))
+}
+
+func parseDatagram(b []byte) (d datagram, err error) {
+	if len(b) < 2+2*nameSize || len(b)-2-2*nameSize > MaxPayload {
+		return d, errFrame
+	}
+	d.ttl = b[0]
+	d.dst = peer.NameFromMAC([nameSize]byte(b[1:]))
+	d.src = peer.NameFromMAC([nameSize]byte(b[1+nameSize:]))
+	d.kind = b[1+2*nameSize]
+	d.payload = b[2+2*nameSize:]
+	return d, nil
+}
+
+// broadcast is a message to all peers.
+type broadcast struct {
+	ttl     byte
+	src     peer.Name
+	seq     uint64
+	kind    byte
+	payload []byte
+}
+
+func (c broadcast) frame() []byte {
+	b := make([]byte, headSize, headSize+msgHead+len(c.payload))
+	b[4] = typeBroadcast
+	b = append(b, c.ttl)
+	b = appendName(b, c.src)
+	b = binary.BigEndian.AppendUint64(b, c.seq)
+	b = append(b, c.kind)
+	return seal(append(b, c.payload...))
+}
+
+func parseBroadcast(b []byte) (c broadcast, err error) {
+	const fixed = 1 + nameSize + 8 + 1
+	if len(b) < fixed || len(b)-fixed > MaxPayload {
+		return c, errFrame
+	}
+	c.ttl = b[0]
+	c.src = peer.NameFromMAC([nameSize]byte(b[1:]))
+	c.seq = binary.BigEndian.Uint64(b[1+nameSize:])
+	c.kind = b[fixed-1]
+	c.payload = b[fixed:]
+	return c, nil
+}
+
+func appendName(b []byte, n peer.Name) []byte {
+	mac := n.MAC()
+	return append(b, mac[:]...)
+}
+
+// window remembers which of the last 64 sequence numbers of a source were
+// seen.
+type window struct {
+	top  uint64 // highest seen
+	seen uint64 // bit i: top-i
+}
+
+// fresh says whether seq was not seen before, and notes it. Numbers too old to
+// tell count as seen.
+func (w *window) fresh(seq uint64) bool {
+	if seq > w.top {
+		shift := seq - w.top
+		w.seen <<= min(shift, 64)
+		w.seen |= 1
+		w.top = seq
+		return true
+	}
+	age := w.top - seq
+	if age >= 64 || w.seen&(1<<age) != 0 {
+		return false
+	}
+	w.seen |= 1 << age
+	return true
+}

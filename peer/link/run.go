@@ -1,0 +1,281 @@
+package link
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"time"
+
+	"weave.local/peer"
+)
+
+const (
+	maxGreeting    = 64                    // incoming connections that may be in their handshake
+	originateEvery = 50 * time.Millisecond // changes within it make one record
+	acceptPause    = 50 * time.Millisecond // after an error of accept, such as too many open files
+)
+
+// Run accepts and dials links and serves them until ctx ends; then neighbours
+// are told and all is closed. It may be called once.
+func (m *Mesh) Run(ctx context.Context) error {
+	m.mu.Lock()
+	if m.running || m.closed {
+		m.mu.Unlock()
+		return ErrClosed
+	}
+	m.running = true
+	m.mu.Unlock()
+
+	m.tasks.Go(func() { m.accept(ctx) })
+	m.tasks.Go(func() { m.resolver(ctx) })
+	m.loop(ctx)
+
+	m.mu.Lock()
+	m.running, m.closed = false, true
+	m.mu.Unlock()
+	close(m.ended)
+	_ = m.listener.Close()
+	m.tasks.Wait()
+	for {
+		select {
+		case s := <-m.streams:
+			_ = s.Close()
+		default:
+			return nil
+		}
+	}
+}
+
+// loop does what time or a change demands.
+func (m *Mesh) loop(ctx context.Context) {
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	var originated, expired time.Time
+	for {
+		now := time.Now()
+		m.mu.Lock()
+		if m.stale && now.Sub(originated) >= originateEvery || m.overtaken && now.Sub(originated) >= jumpEvery {
+			originated = now
+			m.originateLocked()
+		}
+		if now.Sub(expired) >= expireEvery {
+			expired = now
+			m.expireLocked(now)
+		}
+		m.checkLinksLocked(now)
+		if m.discovery {
+			m.discovery = false
+			m.discoverLocked(now)
+		}
+		jobs := m.dials.start(now, m.linkedLocked, m.roomLocked())
+		m.mu.Unlock()
+		for _, j := range jobs {
+			m.tasks.Go(func() { m.attempt(ctx, j) })
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-m.kick:
+		}
+	}
+}
+
+// expireLocked forgets peers that are gone for long.
+func (m *Mesh) expireLocked(now time.Time) {
+	gone := m.topo.Expire(now, keepRecords)
+	for _, name := range gone {
+		delete(m.windows, name)
+		m.dials.lose(name)
+	}
+	if len(gone) > 0 {
+		m.changedLocked()
+	}
+}
+
+// checkLinksLocked sends hellos and ends links that are dead.
+func (m *Mesh) checkLinksLocked(now time.Time) {
+	for _, l := range m.links {
+		if silent := l.conn.silence(now); silent > deadAfter {
+			l.stop(fmt.Errorf("nothing heard for %.1fs", silent.Seconds()))
+			continue
+		}
+		if !now.Before(l.helloDue) {
+			l.helloDue = now.Add(helloEvery)
+			l.queue.push(helloFrame(m.topo.Snapshot().Digest()), true)
+		}
+	}
+}
+
+func (m *Mesh) linkedLocked(name peer.Name) bool {
+	l := m.links[name]
+	return l != nil && !l.ended()
+}
+
+// roomLocked says whether there may be one more link.
+func (m *Mesh) roomLocked() bool {
+	return m.cfg.ConnLimit <= 0 || len(m.links) < m.cfg.ConnLimit
+}
+
+// accept takes incoming connections until the listener closes.
+func (m *Mesh) accept(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() { _ = m.listener.Close() })
+	defer stop()
+	greeting := make(chan struct{}, maxGreeting)
+	for {
+		conn, err := m.listener.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil:
+			m.log.Warn("incoming connection not accepted", "err", err)
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(acceptPause):
+			}
+			continue
+		}
+		select {
+		case greeting <- struct{}{}:
+		default:
+			_ = conn.Close()
+			continue
+		}
+		m.tasks.Go(func() {
+			l, h, err := m.greet(ctx, conn, false)
+			<-greeting
+			if err != nil {
+				m.refused(conn, h, err)
+				return
+			}
+			m.serve(ctx, l)
+		})
+	}
+}
+
+func (m *Mesh) refused(conn net.Conn, h *handshake, err error) {
+	who := ""
+	if h != nil {
+		who = h.peer.String()
+	}
+	if r := (*refusal)(nil); errors.As(err, &r) && (r.code == refuseCollision || r.code == refuseLimit) {
+		m.log.Warn("incoming link refused", "from", conn.RemoteAddr(), "peer", who, "err", err)
+		return
+	}
+	m.log.Debug("incoming connection ended", "from", conn.RemoteAddr(), "peer", who, "err", err)
+}
+
+// greet does the handshake. On success the link is registered and must be
+// served; otherwise the connection is closed.
+func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, *handshake, error) {
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	_ = conn.SetDeadline(time.Now().Add(handshakeWait))
+	heard := newHeardConn(conn)
+	h, err := greet(heard, m.Self(), rand.Uint64(), outbound)
+	if err != nil {
+		_ = conn.Close()
+		return nil, nil, err
+	}
+	var l *link
+	err = conclude(heard, h, func() *refusal {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		r := m.admitLocked(h)
+		if r == nil && h.chair {
+			l = m.registerLocked(h, heard)
+		}
+		return r
+	})
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		_ = conn.Close()
+		if l != nil {
+			l.stop(err)
+			m.unregister(l)
+		}
+		return nil, h, err
+	}
+	if l == nil {
+		m.mu.Lock()
+		l = m.registerLocked(h, heard)
+		m.mu.Unlock()
+	}
+	return l, h, nil
+}
+
+// admitLocked decides whether we want a link.
+func (m *Mesh) admitLocked(h *handshake) *refusal {
+	p := h.peer
+	if m.closed || !m.running {
+		return &refusal{code: refuseOther, reason: "this peer stops"}
+	}
+	if p.Name == m.self.Name {
+		if p.UID == m.self.UID {
+			return &refusal{code: refuseSelf, reason: "both ends are the same peer"}
+		}
+		return &refusal{code: refuseCollision, reason: fmt.Sprintf(
+			"both ends have the name %s: start one of them with another --name", p.Name)}
+	}
+	old := m.links[p.Name]
+	if old == nil || old.ended() {
+		if !m.roomLocked() {
+			return &refusal{code: refuseLimit, reason: fmt.Sprintf("limit of %d links reached", m.cfg.ConnLimit)}
+		}
+		return nil
+	}
+	if old.peer.UID != p.UID {
+		return &refusal{code: refuseCollision, reason: fmt.Sprintf(
+			"another peer with the name %s is linked from %s: start one of them with another --name", p.Name, old.remote)}
+	}
+	if h.chair {
+		return &refusal{code: refuseDuplicate, reason: "there is a link already"}
+	}
+	return nil // the chair knows best
+}
+
+// registerLocked makes a link part of the mesh.
+func (m *Mesh) registerLocked(h *handshake, conn *heardConn) *link {
+	now := time.Now()
+	l := newLink(h, conn, now)
+	if old := m.links[h.peer.Name]; old != nil {
+		old.stop(errors.New("replaced by a newer link"))
+	}
+	m.links[h.peer.Name] = l
+	l.sendUrgent(recordFrames(m.topo.Snapshot().ReachableRecords()))
+	m.stale = true
+	m.count.links.Add(1)
+	m.changedLocked()
+	return l
+}
+
+// unregister takes an ended link out of the mesh.
+func (m *Mesh) unregister(l *link) {
+	now := time.Now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.links[l.peer.Name] != l {
+		return
+	}
+	delete(m.links, l.peer.Name)
+	m.stale = true
+	m.count.lost.Add(1)
+	m.dials.down(l.peer.Name, l.reason, now.Sub(l.began), now)
+	if m.cfg.Discovery {
+		m.dials.discover(l.peer.Name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, m.self.UID < l.peer.UID)
+	}
+	m.changedLocked()
+}
+
+// serve runs a registered link to its end.
+func (m *Mesh) serve(ctx context.Context, l *link) {
+	m.log.Info("link up", "peer", l.peer.String(), "remote", l.remote, "outbound", l.outbound)
+	err := l.serve(ctx, m)
+	m.log.Info("link down", "peer", l.peer.String(), "remote", l.remote, "reason", err)
+}

@@ -1,0 +1,380 @@
+package link
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"weave.local/peer"
+)
+
+const (
+	resolveWait = 5 * time.Second
+	dialWait    = 5 * time.Second
+)
+
+// State is what Connections says of a link or target.
+type State string
+
+// States of a Connection.
+const (
+	Connecting State = "connecting" // first attempt
+	Retrying   State = "retrying"   // a later attempt
+	Failed     State = "failed"     // waits for the next attempt, if there is one
+	Connected  State = "connected"  // there is a live link
+)
+
+// Connection is a live link or something to be dialled.
+type Connection struct {
+	Addr     string // of the other end: ip:port, or the target as given while it does not resolve
+	Outbound bool
+	State    State
+	Peer     peer.Info // who is at the other end; only the name, or nothing, while not connected
+	Err      string    // why the last attempt or link ended
+	Retry    time.Time // of the next attempt when Failed; zero: never
+	Session  uint64    // when Connected
+}
+
+// Connections returns one entry for each live link, by name of the peer, and
+// then one for each target or discovered peer without link.
+func (m *Mesh) Connections() []Connection {
+	var out []Connection
+	for _, n := range m.Neighbours() {
+		out = append(out, Connection{
+			Addr: n.Remote.String(), Outbound: n.Outbound, State: Connected, Peer: n.Info, Session: n.Session,
+		})
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	rows := m.dials.rows(m.linkedLocked)
+	for i := range rows {
+		if r, ok := m.topo.Record(rows[i].Peer.Name); ok {
+			rows[i].Peer = r.Info
+		}
+	}
+	return append(out, rows...)
+}
+
+// Targets returns the targets as they were given, sorted.
+func (m *Mesh) Targets() []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.dials.targets()
+}
+
+// Connect adds targets and dials them at once, also those it has already. The
+// error names those that are malformed or do not resolve; the others are added.
+func (m *Mesh) Connect(targets []string) error { return m.setTargets(targets, false) }
+
+// ReplaceTargets makes these the only targets; links that exist stay. Errors
+// as with Connect.
+func (m *Mesh) ReplaceTargets(targets []string) error { return m.setTargets(targets, true) }
+
+// Forget drops targets, written as they were given. Links that exist stay.
+func (m *Mesh) Forget(targets []string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, t := range targets {
+		m.dials.forget(t)
+	}
+	m.changedLocked()
+}
+
+func (m *Mesh) setTargets(targets []string, replace bool) error {
+	bad := make(map[string]error, len(targets))
+	for _, t := range targets {
+		bad[t] = m.lookup(t)
+	}
+	now := time.Now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if replace {
+		for _, t := range m.dials.targets() {
+			if _, keep := bad[t]; !keep {
+				m.dials.forget(t)
+			}
+		}
+	}
+	var errs []error
+	for _, t := range targets {
+		err := bad[t]
+		if err == nil {
+			err = m.dials.add(t, now)
+		}
+		if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	m.changedLocked()
+	return oneLine(errs)
+}
+
+// lookup is a request to the resolver, whose context ends with Run.
+type lookup struct {
+	target string
+	answer chan error // with room for one
+}
+
+// lookup checks that a target resolves. A mesh that does not run yet cannot
+// tell.
+func (m *Mesh) lookup(target string) error {
+	m.mu.Lock()
+	running := m.running
+	m.mu.Unlock()
+	if !running {
+		return nil
+	}
+	req := lookup{target: target, answer: make(chan error, 1)}
+	select {
+	case m.lookups <- req:
+		return <-req.answer
+	case <-m.ended:
+		return ErrClosed
+	}
+}
+
+// resolver serves lookups.
+func (m *Mesh) resolver(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case req := <-m.lookups:
+			m.tasks.Go(func() {
+				_, err := resolve(ctx, req.target, m.cfg.Self.Port)
+				req.answer <- err
+			})
+		}
+	}
+}
+
+// Resolve checks that all targets are well-formed and resolve; the error, of
+// one line, names those that do not. Port is the default one.
+func Resolve(ctx context.Context, targets []string, port uint16) error {
+	var errs []error
+	for _, t := range targets {
+		if _, err := resolve(ctx, t, port); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return oneLine(errs)
+}
+
+func oneLine(errs []error) error {
+	if len(errs) < 2 {
+		return errors.Join(errs...)
+	}
+	text := make([]string, len(errs))
+	for i, err := range errs {
+		text[i] = err.Error()
+	}
+	return errors.New(strings.Join(text, "; "))
+}
+
+// resolve returns the addresses of a target.
+func resolve(ctx context.Context, target string, defaultPort uint16) ([]netip.AddrPort, error) {
+	host, port, err := splitTarget(target, defaultPort)
+	if err != nil {
+		return nil, err
+	}
+	return resolveHost(ctx, host, port)
+}
+
+func resolveHost(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return []netip.AddrPort{netip.AddrPortFrom(addr.Unmap(), port)}, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, resolveWait)
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		reason := err.Error()
+		if dns := (*net.DNSError)(nil); errors.As(err, &dns) {
+			reason = dns.Err
+		}
+		return nil, fmt.Errorf("peer %q does not resolve (%s): give a host name that does, or an IP address", host, reason)
+	}
+	out := make([]netip.AddrPort, 0, len(addrs))
+	for _, a := range addrs {
+		if ap := netip.AddrPortFrom(a.Unmap(), port); !slices.Contains(out, ap) {
+			out = append(out, ap)
+		}
+	}
+	return out, nil
+}
+
+// splitTarget reads host, host:port, address, address:port or [address]:port.
+func splitTarget(s string, defaultPort uint16) (host string, port uint16, err error) {
+	bad := fmt.Errorf("peer %q: want a host name or IP address, optionally with a port such as 192.0.2.1:6783", s)
+	if addr, err := netip.ParseAddr(s); err == nil {
+		return addr.String(), defaultPort, nil
+	}
+	if inner, ok := strings.CutPrefix(s, "["); ok && strings.HasSuffix(inner, "]") {
+		addr, err := netip.ParseAddr(strings.TrimSuffix(inner, "]"))
+		if err != nil {
+			return "", 0, bad
+		}
+		return addr.String(), defaultPort, nil
+	}
+	host, port = s, defaultPort
+	if strings.Contains(s, ":") {
+		var text string
+		if host, text, err = net.SplitHostPort(s); err != nil {
+			return "", 0, bad
+		}
+		n, err := strconv.ParseUint(text, 10, 16)
+		if err != nil || n == 0 {
+			return "", 0, fmt.Errorf("peer %q: the port %q is no number from 1 to 65535", s, text)
+		}
+		port = uint16(n)
+	}
+	if host == "" || strings.ContainsAny(host, "/ \t\n,;@[]") {
+		return "", 0, bad
+	}
+	return host, port, nil
+}
+
+// attempt dials one target or peer and, on success, serves the link.
+func (m *Mesh) attempt(ctx context.Context, j job) {
+	l, o := m.connect(ctx, j)
+	m.mu.Lock()
+	m.dials.finish(j.dial, o, time.Now())
+	m.changedLocked()
+	m.mu.Unlock()
+	if l != nil {
+		m.serve(ctx, l)
+		return
+	}
+	if o.err != nil {
+		m.log.Debug("not linked", "target", j.dial.key.target, "peer", j.dial.key.peer, "err", o.err)
+	}
+}
+
+func (m *Mesh) connect(ctx context.Context, j job) (*link, outcome) {
+	addrs := j.addrs
+	if len(addrs) == 0 {
+		var err error
+		if addrs, err = resolveHost(ctx, j.host, j.port); err != nil {
+			return nil, outcome{err: err}
+		}
+	}
+	o := outcome{addrs: addrs, err: errors.New("no address")}
+	for _, a := range addrs {
+		if name := m.linkedAt(a); name != 0 {
+			o = outcome{addrs: addrs, peer: name}
+			if want := j.dial.key.peer; want == 0 || want == name {
+				return nil, o
+			}
+			continue // several peers behind one address
+		}
+		l, got := m.dialAddr(ctx, a)
+		got.addrs = addrs
+		o = got
+		if l != nil || o.err == nil || o.self || ctx.Err() != nil {
+			return l, o
+		}
+	}
+	return nil, o
+}
+
+// linkedAt returns the peer that listens at an address as far as a link tells;
+// 0 when there is none.
+func (m *Mesh) linkedAt(a netip.AddrPort) peer.Name {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name, l := range m.links {
+		if !l.ended() && listening(l.outbound, l.remote, l.peer.Port) == a {
+			return name
+		}
+	}
+	return 0
+}
+
+// listening is where a peer at the other end of a link listens.
+func listening(outbound bool, remote netip.AddrPort, port uint16) netip.AddrPort {
+	if outbound {
+		return remote
+	}
+	return netip.AddrPortFrom(remote.Addr(), port)
+}
+
+func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) {
+	d := net.Dialer{Timeout: dialWait}
+	if b := m.cfg.Bind; b.IsValid() && b.Is4() == a.Addr().Is4() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(b, 0))
+	}
+	conn, err := d.DialContext(ctx, "tcp", a.String())
+	if err != nil {
+		return nil, outcome{err: plain(err)}
+	}
+	l, h, err := m.greet(ctx, conn, true)
+	o := outcome{err: err}
+	if h != nil {
+		o.peer = h.peer.Name
+		// Both ends refuse such a link, in words of their own; whichever
+		// comes first, this is what it means.
+		o.self = h.peer.UID == m.cfg.Self.UID && h.peer.Name == m.cfg.Self.Name
+	}
+	if r := (*refusal)(nil); errors.As(err, &r) {
+		o.collision = r.code == refuseCollision
+		if r.code == refuseDuplicate {
+			o.err = nil
+		}
+	} else if err != nil {
+		o.err = plain(err)
+	}
+	return l, o
+}
+
+// plain is what went wrong without the words of the net package around it.
+func plain(err error) error {
+	var timeout interface{ Timeout() bool }
+	if errors.As(err, &timeout) && timeout.Timeout() {
+		return errors.New("no answer")
+	}
+	if errno := syscall.Errno(0); errors.As(err, &errno) {
+		return errno
+	}
+	return err
+}
+
+// discoverLocked looks for peers without link in what others announce.
+func (m *Mesh) discoverLocked(now time.Time) {
+	if !m.cfg.Discovery {
+		return
+	}
+	found := make(map[peer.Name][]netip.AddrPort)
+	ports := make(map[peer.Name]peer.Info)
+	snap := m.topo.Snapshot()
+	for _, r := range snap.Records() {
+		if r.Name != m.self.Name && m.links[r.Name] == nil {
+			ports[r.Name] = r.Info
+			found[r.Name] = nil
+		}
+	}
+	if len(found) == 0 {
+		return
+	}
+	for _, r := range snap.Records() {
+		for _, a := range r.Neighbours {
+			info, wanted := ports[a.Name]
+			if !wanted || !a.Addr.Addr().IsValid() {
+				continue
+			}
+			at := listening(a.Outbound, a.Addr, info.Port)
+			if !slices.Contains(found[a.Name], at) {
+				found[a.Name] = append(found[a.Name], at)
+			}
+		}
+	}
+	for name, addrs := range found {
+		m.dials.discover(name, addrs, now, m.self.UID < ports[name].UID)
+	}
+}

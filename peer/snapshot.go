@@ -1,0 +1,272 @@
+package peer
+
+import (
+	"math/bits"
+	"slices"
+	"sync"
+)
+
+// Snapshot is an immutable state of the link-state database with the routes
+// that follow from it. Two peers are connected when the record of each lists
+// the other. Peers whose databases agree compute the same trees. The zero
+// Snapshot knows nobody.
+type Snapshot struct{ g *graph }
+
+// graph numbers the peers in the order of their names; sets of peers are
+// bitsets of words 64-bit words, which makes a search in a mesh of a thousand
+// peers a matter of microseconds.
+type graph struct {
+	records []Record // by name
+	words   int
+	adj     []uint64 // row i: the peers connected to peer i
+	self    int
+	first   []int // by destination: the neighbour to send to, -1 when there is no route
+	digest  uint64
+
+	mu    sync.Mutex // guards trees, which are computed when first asked for
+	trees map[int]tree
+}
+
+type tree struct {
+	parent   Name
+	children []Name
+	ok       bool
+}
+
+func newGraph(self Name, records []Record) *graph {
+	slices.SortFunc(records, func(a, b Record) int { return int(a.Name) - int(b.Name) })
+	g := &graph{
+		records: records,
+		words:   (len(records) + 63) / 64,
+		trees:   make(map[int]tree),
+	}
+	g.self, _ = g.index(self)
+	g.connect()
+	g.route()
+	return g
+}
+
+func (g *graph) index(name Name) (int, bool) {
+	return slices.BinarySearchFunc(g.records, name, func(r Record, n Name) int { return int(r.Name) - int(n) })
+}
+
+func (g *graph) row(i int) []uint64 { return g.adj[i*g.words : (i+1)*g.words] }
+
+// connect fills adj. Records and neighbours are both sorted, so one walk along
+// both finds the numbers of a peer's neighbours.
+func (g *graph) connect() {
+	claims := make([]uint64, len(g.records)*g.words)
+	for i, r := range g.records {
+		j := 0
+		for _, a := range r.Neighbours {
+			for j < len(g.records) && g.records[j].Name < a.Name {
+				j++
+			}
+			if j < len(g.records) && g.records[j].Name == a.Name {
+				claims[i*g.words+j/64] |= 1 << (j % 64)
+			}
+		}
+	}
+	g.adj = make([]uint64, len(claims))
+	for i := range g.records {
+		row := claims[i*g.words : (i+1)*g.words]
+		for k, w := range row {
+			for ; w != 0; w &= w - 1 {
+				j := k*64 + bits.TrailingZeros64(w)
+				if claims[j*g.words+i/64]&(1<<(i%64)) != 0 {
+					g.adj[i*g.words+k] |= w & -w
+				}
+			}
+		}
+	}
+}
+
+// search returns the shortest-path tree of source: for each peer the one
+// before it on the way from source, -1 when there is no way (and for source
+// itself), and the peers in order of distance. Of several possible parents a
+// peer gets the one of lowest name.
+func (g *graph) search(source int) (parent, order []int) {
+	parent = make([]int, len(g.records))
+	for i := range parent {
+		parent[i] = -1
+	}
+	left := make([]uint64, g.words) // not reached yet
+	for i := range g.records {
+		left[i/64] |= 1 << (i % 64)
+	}
+	left[source/64] &^= 1 << (source % 64)
+	order = append(order, source)
+	for begin := 0; begin < len(order); {
+		level := order[begin:]
+		begin = len(order)
+		for _, u := range level {
+			for k, w := range g.row(u) {
+				w &= left[k]
+				left[k] &^= w
+				for ; w != 0; w &= w - 1 {
+					v := k*64 + bits.TrailingZeros64(w)
+					parent[v] = u
+					order = append(order, v)
+				}
+			}
+		}
+		slices.Sort(order[begin:]) // the next level is visited by name
+	}
+	return parent, order
+}
+
+func (g *graph) route() {
+	parent, order := g.search(g.self)
+	g.first = make([]int, len(g.records))
+	for i := range g.first {
+		g.first[i] = -1
+	}
+	for _, v := range order {
+		g.digest ^= mix(g.records[v])
+		switch parent[v] {
+		case -1:
+		case g.self:
+			g.first[v] = v
+		default:
+			g.first[v] = g.first[parent[v]]
+		}
+	}
+}
+
+// mix spreads what identifies a record over 64 bits (the finalizer of
+// SplitMix64, applied to each part).
+func mix(r Record) uint64 {
+	h := uint64(0x9e3779b97f4a7c15)
+	for _, v := range [...]uint64{uint64(r.Name), uint64(r.UID), r.Seq} {
+		h ^= v
+		h ^= h >> 30
+		h *= 0xbf58476d1ce4e5b9
+		h ^= h >> 27
+		h *= 0x94d049bb133111eb
+		h ^= h >> 31
+	}
+	return h
+}
+
+// Records returns all that is known, by name, our own record included, and
+// also records of peers that cannot be reached. Do not modify it.
+func (s Snapshot) Records() []Record {
+	if s.g == nil {
+		return nil
+	}
+	return s.g.records
+}
+
+// Record returns the record of one peer.
+func (s Snapshot) Record(name Name) (Record, bool) {
+	if s.g == nil {
+		return Record{}, false
+	}
+	i, ok := s.g.index(name)
+	if !ok {
+		return Record{}, false
+	}
+	return s.g.records[i], true
+}
+
+// Reaches says whether there is a route to name; there is one to ourselves.
+func (s Snapshot) Reaches(name Name) bool {
+	if s.g == nil {
+		return false
+	}
+	i, ok := s.g.index(name)
+	return ok && (i == s.g.self || s.g.first[i] >= 0)
+}
+
+// Reachable returns the other peers to which there is a route, by name.
+func (s Snapshot) Reachable() []Name {
+	var out []Name
+	for _, r := range s.Records() {
+		if hop, ok := s.NextHop(r.Name); ok && hop != 0 {
+			out = append(out, r.Name)
+		}
+	}
+	return out
+}
+
+// ReachableRecords returns our own record and those of the peers to which
+// there is a route, by name.
+func (s Snapshot) ReachableRecords() []Record {
+	var out []Record
+	for _, r := range s.Records() {
+		if s.Reaches(r.Name) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// NextHop returns the neighbour through which dst is reached over the fewest
+// links; false when there is no way, or dst is ourselves.
+func (s Snapshot) NextHop(dst Name) (Name, bool) {
+	if s.g == nil {
+		return 0, false
+	}
+	i, ok := s.g.index(dst)
+	if !ok || s.g.first[i] < 0 {
+		return 0, false
+	}
+	return s.g.records[s.g.first[i]].Name, true
+}
+
+// Connected says whether both peers announce a link to each other.
+func (s Snapshot) Connected(a, b Name) bool {
+	if s.g == nil {
+		return false
+	}
+	i, okA := s.g.index(a)
+	j, okB := s.g.index(b)
+	return okA && okB && s.g.row(i)[j/64]&(1<<(j%64)) != 0
+}
+
+// Tree returns our place in the broadcast tree of source: the neighbour its
+// broadcasts come from (0 when source is ourselves) and those they go on to.
+// It is false when source cannot reach us.
+func (s Snapshot) Tree(source Name) (parent Name, children []Name, ok bool) {
+	if s.g == nil {
+		return 0, nil, false
+	}
+	i, known := s.g.index(source)
+	if !known {
+		return 0, nil, false
+	}
+	s.g.mu.Lock()
+	defer s.g.mu.Unlock()
+	t, done := s.g.trees[i]
+	if !done {
+		t = s.g.tree(i)
+		s.g.trees[i] = t
+	}
+	return t.parent, t.children, t.ok
+}
+
+func (g *graph) tree(source int) tree {
+	parent, _ := g.search(source)
+	t := tree{ok: source == g.self || parent[g.self] >= 0}
+	if !t.ok {
+		return t
+	}
+	if source != g.self {
+		t.parent = g.records[parent[g.self]].Name
+	}
+	for v, p := range parent {
+		if p == g.self {
+			t.children = append(t.children, g.records[v].Name)
+		}
+	}
+	return t
+}
+
+// Digest tells two databases apart by the records of reachable peers. Others
+// do not count: they are forgotten at different times at different peers.
+func (s Snapshot) Digest() uint64 {
+	if s.g == nil {
+		return 0
+	}
+	return s.g.digest
+}

@@ -1,0 +1,238 @@
+package ipam
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"weave.local/ipam/register"
+	"weave.local/ipam/space"
+	"weave.local/peer"
+)
+
+// serve answers a peer that asks for addresses of ours. What is given is out
+// of our own space, durably, before the register hears of it.
+func (a *Allocator) serve(now time.Time, from peer.Name, q ask) {
+	st := a.node.State()
+	if st == nil {
+		return
+	}
+	if q.cluster != st.Cluster {
+		a.foreign(register.Foreign{Peer: from, Cluster: q.cluster, Range: a.cfg.Range})
+		return
+	}
+	n, ok := a.served[from]
+	if !ok || n.id != q.id {
+		n = answer{cluster: st.Cluster, id: q.id, term: st.Term, version: st.Version}
+		n.code, n.text = a.donate(from, q.want)
+		if n.code == answerGiven {
+			a.served[from] = n // a doubled question is not to be given to twice
+		}
+	}
+	if q.term != st.Term || q.version < st.Version {
+		a.collect(a.node.Inform(now, from))
+	}
+	a.post(from, n.append())
+}
+
+// donate marks a block as given away to a peer, if there is one.
+func (a *Allocator) donate(to peer.Name, want netip.Prefix) (code, string) {
+	sought := space.FromPrefix(want)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.pending.Learned {
+		return answerLater, "" // the register is about to change
+	}
+	transit := false
+	for r, heir := range a.giving {
+		if _, ok := r.Intersect(sought); ok {
+			if heir == to {
+				return answerGiven, ""
+			}
+			transit = true
+		}
+	}
+	var block space.Range
+	var ok bool
+	if want.IsSingleIP() {
+		block, ok = sought, a.space.Free().Covers(sought)
+	} else {
+		block, ok = register.Donation(a.space.Free(), want)
+	}
+	switch {
+	case ok:
+		a.giving[block] = to
+		a.writes[giveKey(block)] = encodeGive(to)
+		a.ownLocked()
+		return answerGiven, ""
+	case transit:
+		return answerLater, ""
+	case want.IsSingleIP() && a.records[want.Addr()] != nil:
+		return answerHeld, describe(a.records[want.Addr()].owner)
+	}
+	return answerNone, ""
+}
+
+// answered takes what an asked peer says.
+func (a *Allocator) answered(now time.Time, from peer.Name, n answer) {
+	st := a.node.State()
+	if st == nil || n.cluster != st.Cluster {
+		return
+	}
+	for key, s := range a.searches {
+		if s.asked != from || s.id != n.id {
+			continue
+		}
+		same := n.term == st.Term && n.version == st.Version && s.term == st.Term && s.version == st.Version
+		switch {
+		case n.code == answerGiven:
+			s.tries, s.next = askTimes, now.Add(givenWait)
+		case n.code == answerHeld:
+			a.taken(now, key, s, from, n.text)
+		case n.code == answerNone && same && !key.IsSingleIP():
+			s.denied[from] = true
+			s.asked, s.next = 0, time.Time{}
+		default:
+			s.asked, s.next = 0, now.Add(laterWait)
+		}
+		if n.term < st.Term || n.term == st.Term && n.version < st.Version {
+			a.collect(a.node.Inform(now, from))
+		}
+		return
+	}
+}
+
+// taken ends the search for one address that somebody on another peer holds.
+func (a *Allocator) taken(now time.Time, key netip.Prefix, s *search, from peer.Name, by string) {
+	there := a.nick(from)
+	a.fail(key, fmt.Errorf("%s is %w by %s on %s", key.Addr(), ErrHeld, by, there))
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if r := a.records[key.Addr()]; r != nil {
+		a.conflict[from] = conflict{fmt.Sprintf("%s is in use by %s here and by %s on %s; detach one of them",
+			key.Addr(), describe(r.owner), by, there), now}
+		a.searches[key] = s
+		s.asked, s.next = 0, now.Add(30*time.Second)
+	}
+}
+
+// stranger is a peer with another register.
+type stranger struct {
+	sent time.Time // of the last meet message
+	// into is the cluster of the stranger when this peer is to go over to it,
+	// as decided until then.
+	into  register.Cluster
+	until time.Time
+}
+
+// foreign deals with the sign of another cluster.
+func (a *Allocator) foreign(f register.Foreign) {
+	now := time.Now()
+	if f.Range != a.cfg.Range {
+		a.disagree(now, f.Peer, fmt.Sprintf("%s allocates from %s and this peer from %s; launch both with the same --ipalloc-range",
+			a.nick(f.Peer), f.Range, a.cfg.Range))
+		return
+	}
+	s := a.stranger(f.Peer)
+	if f.State != nil && f.State.Cluster == s.into && now.Before(s.until) {
+		a.goOver(now, f.Peer, f.State)
+		return
+	}
+	a.sendMeet(now, f.Peer, s)
+}
+
+func (a *Allocator) stranger(name peer.Name) *stranger {
+	s := a.strange[name]
+	if s == nil {
+		s = &stranger{}
+		a.strange[name] = s
+	}
+	return s
+}
+
+func (a *Allocator) sendMeet(now time.Time, to peer.Name, s *stranger) {
+	st := a.node.State()
+	if st == nil || now.Sub(s.sent) < time.Second {
+		return
+	}
+	s.sent = now
+	m := meeting{st.Cluster, a.cfg.Range, a.empty()}
+	a.post(to, m.append())
+}
+
+// empty says whether nothing would be lost if this peer gave up its cluster.
+func (a *Allocator) empty() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.emptyLocked()
+}
+
+func (a *Allocator) emptyLocked() bool {
+	if a.pending.Learned || len(a.giving) > 0 || a.leaving {
+		return false
+	}
+	for addr := range a.records {
+		if a.cfg.Range.Contains(addr) {
+			return false
+		}
+	}
+	st := a.state
+	return st == nil || !slices.ContainsFunc(st.Members, func(m register.Member) bool { return m.Name != a.self.Name })
+}
+
+// meet decides what comes of two clusters that meet: one that is a single
+// peer without an address in use goes over to the other; of two such the one
+// with the higher id. Else both stay, and the quarrel is reported.
+func (a *Allocator) meet(now time.Time, from peer.Name, m meeting) {
+	st := a.node.State()
+	if m.rng != a.cfg.Range {
+		a.foreign(register.Foreign{Peer: from, Cluster: m.cluster, Range: m.rng})
+		return
+	}
+	if st == nil || m.cluster == st.Cluster {
+		return
+	}
+	s := a.stranger(from)
+	mine := a.empty()
+	switch {
+	case mine && (!m.empty || string(st.Cluster[:]) > string(m.cluster[:])):
+		s.into, s.until = m.cluster, now.Add(5*time.Second)
+		// Asked like this, by one without a cluster, it sends its register.
+		start := register.Message{Kind: register.KindStart, Range: a.cfg.Range, Store: a.self.Store}
+		a.post(from, start.Append([]byte{msgRegister}))
+	case !mine && !m.empty:
+		a.disagree(now, from, fmt.Sprintf("%s belongs to cluster %s and this peer to cluster %s, and both have addresses in use; run weave reset on one side",
+			a.nick(from), m.cluster, st.Cluster))
+	}
+	a.sendMeet(now, from, s)
+}
+
+// disagree notes what is wrong between this peer and another, and logs it
+// when it is new.
+func (a *Allocator) disagree(now time.Time, with peer.Name, text string) {
+	a.mu.Lock()
+	was := a.conflict[with]
+	a.conflict[with] = conflict{text, now}
+	a.mu.Unlock()
+	if was.text != text {
+		a.cfg.Log.Warn("address space in conflict", "peer", with, "conflict", text)
+	}
+}
+
+// goOver gives up this peer's own cluster for another.
+func (a *Allocator) goOver(now time.Time, from peer.Name, s *register.State) {
+	a.mu.Lock()
+	ok := a.emptyLocked()
+	if ok { // from here on nothing is handed out until the other register has us
+		a.member = false
+		a.ownLocked()
+	}
+	a.mu.Unlock()
+	if !ok {
+		return
+	}
+	a.cfg.Log.Info("address space: joining the cluster of another peer; nothing was in use here", "peer", from, "cluster", s.Cluster)
+	clear(a.strange)
+	a.collect(a.node.Adopt(now, s))
+}

@@ -1,0 +1,325 @@
+package register
+
+import (
+	"cmp"
+	"math/bits"
+	"net/netip"
+	"slices"
+
+	"weave.local/ipam/space"
+	"weave.local/peer"
+)
+
+// OpKind says what a member asks of the register.
+type OpKind byte
+
+// The operations of a request.
+const (
+	// OpGrant asks for a block of the pool within Subnet.
+	OpGrant OpKind = 1 + iota
+	// OpBlock asks for the one address Range.First, out of the pool, with a
+	// few neighbours.
+	OpBlock
+	// OpRelease gives Range, where it is the sender's, to peer To; to the
+	// pool when To is zero or no member.
+	OpRelease
+	// OpRemove removes peer To, which is off for good; its grants go to the
+	// sender.
+	OpRemove
+	// OpLeave removes the sender; its grants go to the pool.
+	OpLeave
+)
+
+// Op is one operation.
+type Op struct {
+	Kind   OpKind
+	Subnet netip.Prefix // OpGrant
+	Peers  uint64       // OpGrant: how many peers the sender knows
+	Range  space.Range  // OpBlock, OpRelease
+	To     peer.Name    // OpRelease, OpRemove
+}
+
+// Request is what a member asks for at once. With Epoch 0 the sender asks to
+// be a member; only OpGrant and OpBlock may go with it. Off are peers that,
+// on a person's word, are off for good.
+type Request struct {
+	From   ID
+	Epoch  uint64
+	Serial uint64
+	Ops    []Op
+	Off    []peer.Name
+}
+
+const (
+	// maxChunk bounds a block granted at once, in addresses.
+	maxChunk = 1 << 16
+	// claimBits is log2 of the block granted around a claimed address.
+	claimBits = 4
+)
+
+// stale says whether r cannot change s any more: it was carried out, or the
+// sender's membership is not the one it thinks.
+func (s *State) stale(r *Request) bool {
+	m, ok := s.Member(r.From.Name)
+	if r.Epoch == 0 {
+		return ok && m.Is(r.From)
+	}
+	return !ok || !m.Is(r.From) || m.Epoch != r.Epoch || r.Serial <= m.Serial
+}
+
+// Apply is the version after s in which those of the requests have been
+// carried out that are next in their sender's order; nil when none is. New
+// keepers are taken from live first.
+func (s *State) Apply(requests []Request, live []peer.Name) *State {
+	next := s.clone()
+	next.Version++
+	changed := false
+	for i := range requests {
+		trial := next.clone()
+		if trial.request(&requests[i]) && trial.size() <= MaxStateSize {
+			next, changed = trial, true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	next.refill(live)
+	return next
+}
+
+func (s *State) request(r *Request) bool {
+	if s.stale(r) {
+		return false
+	}
+	i, known := s.find(r.From.Name)
+	if r.Epoch == 0 {
+		s.join(r.From)
+	} else {
+		if !known || s.Members[i].Serial+1 != r.Serial {
+			return false
+		}
+		s.Members[i].Serial++
+		s.Members[i].Store = r.From.Store
+	}
+	for _, op := range r.Ops {
+		if op.Kind == OpGrant || op.Kind == OpBlock || r.Epoch != 0 {
+			s.operate(r.From.Name, op)
+		}
+	}
+	return true
+}
+
+// join makes id a member in a new epoch. What its name was granted stays its
+// own: containers use it, whatever became of the store.
+func (s *State) join(id ID) {
+	m := Member{ID: id, Epoch: s.Version}
+	i, ok := s.find(id.Name)
+	if ok {
+		s.Members[i] = m
+	} else {
+		s.Members = slices.Insert(s.Members, i, m)
+	}
+	for i := range s.Grants {
+		if s.Grants[i].Owner == id.Name {
+			s.Grants[i].Epoch = m.Epoch
+		}
+	}
+	// As a keeper of the next version it starts with nothing promised, which
+	// is right whatever it lost.
+}
+
+func (s *State) operate(from peer.Name, op Op) {
+	switch op.Kind {
+	case OpGrant:
+		if block, ok := share(s.Pool(), op.Subnet, max(op.Peers, uint64(len(s.Members)))); ok {
+			s.assign(block, from)
+		}
+	case OpBlock:
+		if block, ok := around(s.Pool(), op.Range.First); ok {
+			s.assign(block, from)
+		}
+	case OpRelease:
+		for _, part := range s.Owned(from).In(op.Range) {
+			s.assign(part, op.To)
+		}
+	case OpRemove:
+		if op.To != from {
+			s.remove(op.To, from)
+		}
+	case OpLeave:
+		s.remove(from, 0)
+	}
+}
+
+// share is the block of the pool that one of so many peers gets in subnet:
+// with every peer served, half of it is still there.
+func share(pool *space.Set, subnet netip.Prefix, peers uint64) (space.Range, bool) {
+	all, hosts, ok := both(subnet)
+	if !ok {
+		return space.Range{}, false
+	}
+	free := pool.SizeIn(hosts)
+	if free == 0 {
+		return space.Range{}, false
+	}
+	return cut(pool, all, hosts, min(max(1, free/(2*max(1, peers))), maxChunk))
+}
+
+// both are all addresses of a subnet and those that may be handed out.
+func both(subnet netip.Prefix) (all, hosts space.Range, ok bool) {
+	hosts, ok = space.Hosts(subnet)
+	return space.FromPrefix(subnet), hosts, ok
+}
+
+// cut is a block of at most limit addresses of set within all, with at least
+// one of hosts in it.
+func cut(set *space.Set, all, hosts space.Range, limit uint64) (space.Range, bool) {
+	block, ok := set.Chunk(all, limit)
+	if ok && block.First == block.Last { // not the one that nobody can use
+		block, ok = set.Chunk(hosts, 1)
+	}
+	return block, ok
+}
+
+// Donation is the block a peer gives away out of its free addresses in
+// subnet: up to half of them.
+func Donation(free *space.Set, subnet netip.Prefix) (space.Range, bool) {
+	all, hosts, ok := both(subnet)
+	if !ok {
+		return space.Range{}, false
+	}
+	return cut(free, all, hosts, max(1, free.SizeIn(hosts)/2))
+}
+
+// around is the largest aligned block of the pool about a, up to
+// 2^claimBits addresses.
+func around(pool *space.Set, a netip.Addr) (space.Range, bool) {
+	for k := min(claimBits, a.BitLen()); k >= 0; k-- {
+		block := space.FromPrefix(netip.PrefixFrom(a, a.BitLen()-k))
+		if pool.Covers(block) {
+			return block, true
+		}
+	}
+	return space.Range{}, false
+}
+
+// assign makes every address of r owner's; nobody's when owner is no member.
+func (s *State) assign(r space.Range, owner peer.Name) {
+	var out []Grant
+	for _, g := range s.Grants {
+		if g.First.Less(r.First) {
+			left := g
+			if !g.Last.Less(r.First) {
+				left.Last = r.First.Prev()
+			}
+			out = append(out, left)
+		}
+		if r.Last.Less(g.Last) {
+			right := g
+			if !r.Last.Less(g.First) {
+				right.First = r.Last.Next()
+			}
+			out = append(out, right)
+		}
+	}
+	if m, ok := s.Member(owner); ok {
+		out = append(out, Grant{r, owner, m.Epoch})
+		slices.SortFunc(out, func(a, b Grant) int { return a.First.Compare(b.First) })
+	}
+	s.Grants = melt(out)
+}
+
+// melt joins neighbouring grants of one owner into one.
+func melt(sorted []Grant) []Grant {
+	var out []Grant
+	for _, g := range sorted {
+		if n := len(out); n > 0 && out[n-1].Owner == g.Owner && out[n-1].Last.Next() == g.First {
+			out[n-1].Last = g.Last
+			continue
+		}
+		out = append(out, g)
+	}
+	return out
+}
+
+// remove ends the membership of name; its grants go to heir.
+func (s *State) remove(name, heir peer.Name) {
+	i, ok := s.find(name)
+	if !ok {
+		return
+	}
+	for _, r := range slices.Clone(s.Owned(name).Ranges()) {
+		s.assign(r, heir)
+	}
+	s.Members = slices.Delete(s.Members, i, i+1)
+}
+
+// refill brings the keepers to the largest odd number, up to MaxKeepers, for
+// which there are members: an even one more keeper would have to be up for a
+// majority and add nothing. Live members come first, of those the present
+// keepers, then those that have been members longest: a keeper that is gone
+// is replaced with the next change.
+func (s *State) refill(live []peer.Name) {
+	s.Keepers = slices.DeleteFunc(s.Keepers, func(k peer.Name) bool {
+		_, ok := s.Member(k)
+		return !ok
+	})
+	want := min(MaxKeepers, len(s.Members))
+	if want > 0 && want%2 == 0 {
+		want--
+	}
+	rank := slices.Clone(s.Members)
+	down := func(n peer.Name) int { return 1 - bit(slices.Contains(live, n)) }
+	sitting := func(n peer.Name) int { return 1 - bit(slices.Contains(s.Keepers, n)) }
+	slices.SortFunc(rank, func(a, b Member) int {
+		return cmp.Or(
+			cmp.Compare(down(a.Name), down(b.Name)),
+			cmp.Compare(sitting(a.Name), sitting(b.Name)),
+			cmp.Compare(a.Epoch, b.Epoch),
+			cmp.Compare(a.Name, b.Name))
+	})
+	s.Keepers = nil
+	for _, m := range rank[:want] {
+		s.Keepers = append(s.Keepers, m.Name)
+	}
+	slices.Sort(s.Keepers)
+}
+
+func bit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// Found is the first version of a new cluster: members as given, nothing
+// granted.
+func Found(id Cluster, rng netip.Prefix, members []ID) *State {
+	s := &State{Version: 1, Cluster: id, Range: rng}
+	for _, m := range members {
+		s.Members = append(s.Members, Member{ID: m, Epoch: 1})
+	}
+	slices.SortFunc(s.Members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
+	s.Members = slices.CompactFunc(s.Members, func(a, b Member) bool { return a.Name == b.Name })
+	s.refill(nil)
+	return s
+}
+
+// Computed is the first version that every peer works out alone from the same
+// list of names: each is granted an equal block, the largest power of two
+// with which half of the range stays in the pool.
+func Computed(id Cluster, rng netip.Prefix, names []peer.Name) *State {
+	var ids []ID
+	for _, n := range names {
+		ids = append(ids, ID{Name: n})
+	}
+	s := Found(id, rng, ids)
+	all := space.FromPrefix(rng)
+	limit := uint64(1) << (bits.Len64(max(1, all.Size()/(2*uint64(max(1, len(s.Members)))))) - 1)
+	for _, m := range s.Members {
+		if block, ok := s.Pool().Chunk(all, limit); ok {
+			s.assign(block, m.Name)
+		}
+	}
+	return s
+}

@@ -1,0 +1,223 @@
+package ipam
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"weave.local/ipam/register"
+	"weave.local/ipam/space"
+	"weave.local/peer"
+)
+
+// conflictShown is for how long a conflict is shown after its last sign.
+const conflictShown = time.Minute
+
+// Status is what people see of the allocator.
+type Status struct {
+	// State is one of: idle; priming; awaiting consensus (quorum: Q, known: K);
+	// ready; waiting for IP(s) to become available; all IP ranges owned by
+	// unreachable peers - use 'rmpeer' if they are dead; waiting for keepers
+	// ...; left; or what is wrong with the state file.
+	State         string
+	Range         netip.Prefix
+	RangeSize     uint64
+	DefaultSubnet netip.Prefix
+	Active        int    // addresses in use here
+	Unowned       uint64 // addresses granted to nobody
+	Cluster       string // UUID; empty before the first register
+	Version       uint64
+	Quorum, Known int // while the first register is being agreed
+	Keepers       []peer.Name
+	Peers         []PeerShare // self first, then by name; empty before the first register
+	Entries       []Entry     // by address
+	Claims        []Pending
+	Allocates     []Pending
+	Conflicts     []string // sentences; empty when all is well
+}
+
+// PeerShare is what one peer holds of the range.
+type PeerShare struct {
+	Name      peer.Name
+	Nick      string
+	Addresses uint64
+	Percent   float64 // of the range, rounded to tenths
+	Active    int     // addresses in use; known of self alone
+	Self      bool
+	Reachable bool
+}
+
+// Entry is one grant of the register.
+type Entry struct {
+	First, Last netip.Addr
+	Size        uint64
+	Peer        peer.Name
+	Nick        string
+	Reachable   bool
+	Epoch       uint64
+}
+
+// Pending is a call that waits: for an address (Claims) or for any address of
+// a subnet (Allocates).
+type Pending struct {
+	Owner string
+	CIDR  netip.Prefix
+}
+
+// Status tells how things stand. It never waits for other peers.
+func (a *Allocator) Status() Status {
+	up := append(a.cfg.Reachable(), a.self.Name)
+	a.mu.Lock()
+	v := a.viewLocked()
+	st := v.state
+	out := Status{
+		Range: a.cfg.Range, DefaultSubnet: a.cfg.DefaultSubnet,
+		RangeSize: space.FromPrefix(a.cfg.Range).Size(), Active: len(a.records),
+	}
+	if a.founding.working {
+		out.Quorum, out.Known = a.founding.quorum, a.founding.known
+	}
+	for w := range a.waiters {
+		if w.want.IsSingleIP() {
+			out.Claims = append(out.Claims, Pending{w.owner, w.shown})
+		} else {
+			out.Allocates = append(out.Allocates, Pending{w.owner, w.shown})
+		}
+	}
+	for name, c := range a.conflict {
+		if time.Since(c.at) > conflictShown {
+			delete(a.conflict, name)
+			continue
+		}
+		out.Conflicts = append(out.Conflicts, c.text)
+	}
+	a.mu.Unlock()
+	out.State = a.words(v, up)
+	byOwner := func(p, q Pending) int { return cmp.Or(cmp.Compare(p.Owner, q.Owner), p.CIDR.Compare(q.CIDR)) }
+	slices.SortFunc(out.Claims, byOwner)
+	slices.SortFunc(out.Allocates, byOwner)
+	slices.Sort(out.Conflicts)
+	if st != nil {
+		a.describeRegister(&out, st, up)
+	}
+	return out
+}
+
+// describeRegister fills in what the register says.
+func (a *Allocator) describeRegister(out *Status, st *register.State, up []peer.Name) {
+	out.Cluster, out.Version, out.Keepers = st.Cluster.String(), st.Version, slices.Clone(st.Keepers)
+	out.Unowned = st.Pool().Size()
+	sizes := map[peer.Name]uint64{}
+	for _, g := range st.Grants {
+		sizes[g.Owner] += g.Size()
+		out.Entries = append(out.Entries, Entry{
+			First: g.First, Last: g.Last, Size: g.Size(), Peer: g.Owner, Nick: a.nick(g.Owner),
+			Reachable: slices.Contains(up, g.Owner), Epoch: g.Epoch,
+		})
+	}
+	for _, m := range st.Members {
+		share := PeerShare{
+			Name: m.Name, Nick: a.nick(m.Name), Addresses: sizes[m.Name], Self: m.Name == a.self.Name,
+			Reachable: slices.Contains(up, m.Name),
+			Percent:   math.Round(float64(sizes[m.Name])/float64(out.RangeSize)*1000) / 10,
+		}
+		if share.Self {
+			share.Active = out.Active
+		}
+		out.Peers = append(out.Peers, share)
+	}
+	slices.SortFunc(out.Peers, func(p, q PeerShare) int {
+		if p.Self != q.Self {
+			if p.Self {
+				return -1
+			}
+			return 1
+		}
+		return cmp.Compare(p.Name, q.Name)
+	})
+}
+
+// view is what the words about the allocator are made of; it is taken under
+// the lock, and put into words without.
+type view struct {
+	state           *register.State
+	founding        founding
+	member, leaving bool
+	waiting         bool
+	lastWord        string
+	reach           []peer.Name
+}
+
+func (a *Allocator) viewLocked() view {
+	return view{a.state, a.founding, a.member, a.leaving, len(a.waiters) > 0, a.lastWord, a.reach}
+}
+
+// words is the one line that says how things stand.
+func (a *Allocator) words(v view, up []peer.Name) string {
+	st := v.state
+	switch {
+	case v.lastWord != "":
+		return v.lastWord
+	case v.leaving:
+		return "left"
+	case st == nil && v.founding.working && a.cfg.Init.Mode == Observer:
+		return "priming"
+	case st == nil && v.founding.working:
+		return fmt.Sprintf("awaiting consensus (quorum: %d, known: %d)", v.founding.quorum, v.founding.known)
+	case st == nil:
+		return "idle"
+	case len(st.Grants) > 0 && !slices.ContainsFunc(st.Grants, func(g register.Grant) bool { return slices.Contains(up, g.Owner) }) &&
+		st.Pool().Empty():
+		return "all IP ranges owned by unreachable peers - use 'rmpeer' if they are dead"
+	case !v.member || v.waiting:
+		if why := a.missing(st, up); why != "" {
+			return why
+		}
+		if v.waiting {
+			return "waiting for IP(s) to become available"
+		}
+		return "joining"
+	}
+	return "ready"
+}
+
+// missing says which keepers are missed when there is no majority.
+func (a *Allocator) missing(st *register.State, up []peer.Name) string {
+	var missing []string
+	for _, k := range st.Keepers {
+		if !slices.Contains(up, k) {
+			missing = append(missing, a.nick(k))
+		}
+	}
+	if 2*len(missing) < len(st.Keepers) {
+		return ""
+	}
+	return fmt.Sprintf("waiting for keepers %s (%d of %d reachable)", strings.Join(missing, ", "),
+		len(st.Keepers)-len(missing), len(st.Keepers))
+}
+
+// why says what a call waits for.
+func (a *Allocator) why() string {
+	a.mu.Lock()
+	v := a.viewLocked()
+	a.mu.Unlock()
+	up := append(slices.Clone(v.reach), a.self.Name)
+	text := a.words(v, up)
+	if v.state == nil || text == "ready" {
+		return text
+	}
+	var lost []string
+	for _, m := range v.state.Members {
+		if !slices.Contains(up, m.Name) {
+			lost = append(lost, a.nick(m.Name))
+		}
+	}
+	if len(lost) > 0 {
+		text += "; not reachable: " + strings.Join(lost, ", ")
+	}
+	return text
+}

@@ -38,11 +38,6 @@ const (
 type Config struct {
 	Mesh  *link.Mesh
 	Table *gossip.Table // named TableName
-	// Hold says that the kernel already forwards, left so by an earlier
-	// run: forwarding states are partial until links, paths and endpoints
-	// have come to rest, so that nothing is taken away that is merely not
-	// known yet.
-	Hold bool
 	Log  *slog.Logger
 }
 
@@ -53,6 +48,7 @@ type Router struct {
 	paths  []overlay.Overlay // in order of preference
 	kick   chan struct{}
 	nextID func() uint64
+	hold   bool
 
 	mu         sync.Mutex // guards what follows; never held during I/O
 	neighbours map[peer.Name]*neighbour
@@ -99,6 +95,12 @@ func New(cfg Config) *Router {
 // paths in order of preference. It must be called once, before any port is set
 // and before Run.
 func (r *Router) Use(sw overlay.Switch, paths ...overlay.Overlay) { r.sw, r.paths = sw, paths }
+
+// Hold says that the kernel already forwards, left so by an earlier run:
+// forwarding states are partial until links, paths and endpoints have come to
+// rest, so that nothing is taken away that is merely not known yet. To be
+// called before Run.
+func (r *Router) Hold() { r.hold = true }
 
 // SetLocal adds a local port, or replaces it, and announces its endpoint.
 func (r *Router) SetLocal(p overlay.Port) error {
@@ -201,7 +203,7 @@ func (r *Router) decide(ctx context.Context) error {
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()
 	begun := time.Now()
-	held, lastChange := r.cfg.Hold, begun
+	held, lastChange := r.hold, begun
 	due := time.NewTimer(0)
 	defer due.Stop()
 	for {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"weave.local/ipam"
+	"weave.local/peer"
 	"weave.local/peer/link"
 	"weave.local/proxy/docker"
 	"weave.local/router"
@@ -345,4 +346,34 @@ func (s *Server) end(do func(context.Context) ([]string, error)) handler {
 		}
 		return writeJSON(w, Warnings{Warnings: warnings})
 	}
+}
+
+// removePeer takes over the addresses of a peer given by name or nickname.
+func (s *Server) removePeer(w http.ResponseWriter, r *http.Request) error {
+	if s.cfg.Alloc == nil {
+		return badRequest(errNoIPAM())
+	}
+	who := r.PathValue("who")
+	var found []peer.Name
+	for _, p := range s.cfg.Alloc.Status().Peers {
+		if p.Self {
+			continue
+		}
+		if p.Name.String() == who || p.Nick == who {
+			found = append(found, p.Name)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return &statusError{http.StatusNotFound, fmt.Errorf("no other peer that holds addresses is called %q: see 'weave status ipam'", who)}
+	case 1:
+	default:
+		return badRequest(fmt.Errorf("%d peers are called %q: give the peer name from 'weave status ipam'", len(found), who))
+	}
+	n, err := s.cfg.Alloc.RemovePeer(r.Context(), found[0])
+	if err != nil {
+		return err
+	}
+	s.cfg.Router.Forget(found[0])
+	return writeJSON(w, Removed{Peer: who, Count: n})
 }

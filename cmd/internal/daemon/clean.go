@@ -23,7 +23,14 @@ func HasState(dataDir string) bool {
 }
 
 func (d *daemon) fastdpConfig() fastdp.Config {
-	return fastdp.Config{Bridge: bridgeName, Port: d.cfg.Port + 1, PinDir: d.cfg.run(pinDir), TapName: tapName, Log: d.log}
+	cfg := fastdp.Config{
+		Bridge: bridgeName, MAC: d.self.Name.MAC(), Port: d.cfg.Port + 1, PinDir: d.cfg.run(pinDir),
+		MTU: d.mtu, TapName: tapName, Log: d.log.With("part", "fastdp"),
+	}
+	if d.router != nil {
+		cfg.OnProbe = d.router.Probed
+	}
+	return cfg
 }
 
 // Clean removes every trace of a daemon that does not run: attachments, rules,
@@ -36,7 +43,7 @@ func Clean(ctx context.Context, runDir, dataDir string) error {
 	}
 	errs = append(errs, fastdp.Remove(d.fastdpConfig()))
 	if netdev.Exists(bridgeName) {
-		errs = append(errs, netdev.Delete(bridgeName))
+		errs = append(errs, netdev.DeleteLink(bridgeName))
 	}
 	errs = append(errs, d.cleanFiles())
 	return errors.Join(errs...)

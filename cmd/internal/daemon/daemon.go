@@ -50,6 +50,7 @@ type daemon struct {
 	firewall *firewall.Firewall
 	attach   *attach.Manager
 	docker   *docker.Client
+	watcher  *docker.Watcher
 	plugin   *plugin.Plugin
 	proxy    *proxy.Proxy
 	api      *api.Server
@@ -125,7 +126,7 @@ func (d *daemon) serve(ctx context.Context) error {
 		start("address allocation", d.alloc.Run)
 	}
 	if d.docker != nil {
-		start("docker events", d.watchDocker)
+		start("docker events", d.watcher.Run)
 	}
 	if d.plugin != nil {
 		start("plugin", d.plugin.Run)
@@ -138,7 +139,7 @@ func (d *daemon) serve(ctx context.Context) error {
 		start("status", func(ctx context.Context) error { return serveHTTP(ctx, d.status, d.api.Status()) })
 	}
 	if d.plugin != nil {
-		d.ensureNetwork(ctx)
+		d.awaitNetwork(ctx)
 	}
 	d.log.Info("ready", "peer", d.self.String(), "mtu", d.mtu)
 	if d.cfg.Ready != nil {
@@ -153,33 +154,24 @@ func (d *daemon) serve(ctx context.Context) error {
 // plugin goes on trying after it.
 const networkWait = 5 * time.Second
 
-func (d *daemon) ensureNetwork(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, networkWait)
-	defer cancel()
-	if err := d.plugin.EnsureNetwork(ctx); err != nil {
-		d.log.Warn("Docker does not have the network yet, will go on trying", "err", err)
+func (d *daemon) awaitNetwork(ctx context.Context) {
+	select {
+	case <-d.plugin.Ready():
+	case <-time.After(networkWait):
+		d.log.Warn("Docker does not have the network yet; the plugin goes on trying")
+	case <-ctx.Done():
 	}
-}
-
-// watchDocker passes deaths of containers on to the attachments.
-func (d *daemon) watchDocker(ctx context.Context) error {
-	return d.docker.Watch(ctx, d.log, func(e docker.Event) {
-		switch e.Action {
-		case docker.Started:
-			d.attach.ContainerStarted(e.ID)
-		case docker.Died:
-			d.attach.ContainerDied(e.ID)
-		case docker.Destroyed:
-			d.attach.ContainerDestroyed(e.ID)
-		}
-	})
 }
 
 // stop ends the daemon; what the kernel does goes on.
 func (d *daemon) stop(ctx context.Context) ([]string, error) {
 	var warnings []string
 	if d.plugin != nil {
-		warnings = d.plugin.Stopping(ctx)
+		stay, err := d.plugin.ReleaseNetworks(ctx)
+		if err != nil {
+			d.log.Warn("networks of Docker not released", "err", err)
+		}
+		warnings = stay
 	}
 	d.once.Do(d.cancel)
 	return warnings, nil

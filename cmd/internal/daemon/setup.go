@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"time"
@@ -60,7 +61,7 @@ func (d *daemon) check(ctx context.Context) error {
 	if err := d.cfg.Check(); err != nil {
 		return err
 	}
-	if err := link.Resolve(ctx, d.cfg.Peers, d.cfg.Port); err != nil {
+	if err := link.Resolve(ctx, d.cfg.Peers, uint16(d.cfg.Port)); err != nil {
 		return err
 	}
 	if !d.cfg.Range.IsValid() {
@@ -71,8 +72,8 @@ func (d *daemon) check(ctx context.Context) error {
 		return fmt.Errorf("routes of this host: %w", err)
 	}
 	if overlaps {
-		return fmt.Errorf("the range %s overlaps the route %s of this host: choose another with --ipalloc-range, such as %s",
-			d.cfg.Range, route, netdev.FreeRange(d.cfg.Range))
+		return fmt.Errorf("the range %s overlaps the route to %s through %s: choose another with --ipalloc-range, such as %s",
+			d.cfg.Range, route.Dst, route.Dev, netdev.FreeRange(d.cfg.Range, bridgeName))
 	}
 	return nil
 }
@@ -256,11 +257,10 @@ func (d *daemon) openPaths(context.Context) error {
 		return err
 	}
 	if !existed {
-		d.undo.onFailure(func() { _ = netdev.Delete(bridgeName) })
+		d.undo.onFailure(func() { _ = netdev.DeleteLink(bridgeName) })
 	}
 	table := d.gossip.Table(router.TableName)
-	hold := existed && fastdp.Present(d.cfg.run(pinDir))
-	d.router = router.New(router.Config{Mesh: d.mesh, Table: table, Hold: hold, Log: d.log.With("part", "router")})
+	d.router = router.New(router.Config{Mesh: d.mesh, Table: table, Log: d.log.With("part", "router")})
 	var err error
 	d.sleeve, err = sleeve.New(sleeve.Config{
 		Port: d.cfg.Port, Bind: d.cfg.Host, TapName: tapName, OnProbe: d.router.Probed, Log: d.log.With("part", "sleeve"),
@@ -269,14 +269,14 @@ func (d *daemon) openPaths(context.Context) error {
 		return err
 	}
 	d.undo.atEnd(func() { _ = d.sleeve.Close() })
-	d.fastdp, err = fastdp.New(fastdp.Config{
-		Bridge: bridgeName, Port: d.cfg.Port + 1, PinDir: d.cfg.run(pinDir), MTU: d.mtu,
-		TapName: tapName, OnProbe: d.router.Probed, Log: d.log.With("part", "fastdp"),
-	})
+	d.fastdp, err = fastdp.New(d.fastdpConfig())
 	if err != nil {
 		return err
 	}
-	if !hold {
+	d.undo.atEnd(func() { _ = d.fastdp.Close() })
+	if d.fastdp.Adopted() {
+		d.router.Hold()
+	} else {
 		d.undo.onFailure(func() { _ = fastdp.Remove(d.fastdpConfig()) })
 	}
 	paths := []overlay.Overlay{d.fastdp, d.sleeve}
@@ -308,22 +308,50 @@ func (d *daemon) openDocker(context.Context) error {
 		return err
 	}
 	d.docker = docker.New(socket)
-	if d.cfg.Plugin {
-		d.plugin, err = plugin.New(plugin.Config{
-			Socket: d.cfg.PluginSocket, Attach: d.attach, Alloc: d.alloc, Docker: d.docker,
-			MTU: d.mtu, NoMulticastRoute: d.cfg.NoMulticastRoute, Log: d.log.With("part", "plugin"),
-		})
-		if err != nil {
-			return err
+	d.watcher = docker.NewWatcher(d.docker, d.log.With("part", "docker"))
+	d.watcher.OnEvent(func(e docker.Event) {
+		switch e.Action {
+		case docker.ActionStart:
+			d.attach.ContainerStarted(e.ID)
+		case docker.ActionDie:
+			d.attach.ContainerDied(e.ID)
+		case docker.ActionDestroy:
+			d.attach.ContainerDestroyed(e.ID)
 		}
+	})
+	if !d.cfg.Plugin {
+		return nil
 	}
-	if d.cfg.Proxy {
-		d.proxy, err = proxy.New(proxy.Config{
-			Listen: append([]string{"unix://" + d.proxySocket()}, d.cfg.ProxyListen...), DockerSocket: socket,
-			Docker: d.docker, NoDefaultIPAlloc: d.cfg.NoDefaultIPAlloc, Log: d.log.With("part", "proxy"),
-		})
+	d.plugin, err = plugin.New(plugin.Config{
+		Socket: d.cfg.PluginSocket, Attach: d.attach, Alloc: d.alloc, Docker: d.docker, Watch: d.watcher,
+		Store: d.store.Bucket("plugin"), NoMulticastRoute: d.cfg.NoMulticastRoute, Log: d.log.With("part", "plugin"),
+	})
+	if err != nil {
+		return err
 	}
-	return err
+	d.undo.atEnd(func() { _ = d.plugin.Close() })
+	if !d.cfg.Proxy {
+		return nil
+	}
+	d.proxy, err = proxy.New(proxy.Config{
+		Listen: append([]string{"unix://" + d.proxySocket()}, d.cfg.ProxyListen...), Docker: d.docker,
+		Network: d.plugin.Network, DefaultSubnet: d.defaultSubnet(), NoDefaultIPAlloc: d.cfg.NoDefaultIPAlloc,
+		Attach: d.attach, Watch: d.watcher, Store: d.store.Bucket("proxy"), Log: d.log.With("part", "proxy"),
+	})
+	if err != nil {
+		return err
+	}
+	d.undo.atEnd(func() { _ = d.proxy.Close() })
+	return nil
+}
+
+// defaultSubnet is that of addresses for which nobody names one; invalid
+// without allocation.
+func (d *daemon) defaultSubnet() netip.Prefix {
+	if d.alloc == nil {
+		return netip.Prefix{}
+	}
+	return d.alloc.DefaultSubnet()
 }
 
 // proxySocket is where the proxy listens: under the name that scripts of Weave

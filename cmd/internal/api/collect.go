@@ -1,0 +1,169 @@
+package api
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"weave.local/peer"
+	"weave.local/peer/link"
+	"weave.local/router"
+)
+
+// Report gathers what the daemon knows, from snapshots: it never waits for
+// anybody.
+func (s *Server) Report() *Report {
+	r := &Report{Ready: true, Version: s.cfg.Hello.Version, Router: s.routerReport(), IPAM: s.ipamReport()}
+	if len(s.cfg.Proxy) > 0 {
+		r.Proxy = &ProxyReport{Addresses: s.cfg.Proxy}
+	}
+	if s.cfg.Plugin {
+		r.Plugin = &PluginReport{DriverName: driverName}
+	}
+	return r
+}
+
+func (s *Server) routerReport() *RouterReport {
+	topo := s.cfg.Mesh.Topology()
+	self := s.cfg.Mesh.Self()
+	nick := make(map[peer.Name]string)
+	for _, rec := range topo.Records() {
+		nick[rec.Info.Name] = rec.Info.NickName
+	}
+	r := &RouterReport{
+		Protocol:           "weave",
+		ProtocolMinVersion: link.MinVersion,
+		ProtocolMaxVersion: link.MaxVersion,
+		PeerDiscovery:      s.cfg.Discover,
+		Name:               self.Name.String(),
+		NickName:           self.NickName,
+		Port:               s.cfg.Port,
+		Connections:        s.connections(),
+		Targets:            s.cfg.Mesh.Targets(),
+		Interface:          s.cfg.Bridge,
+	}
+	for _, rec := range topo.Records() {
+		r.Peers = append(r.Peers, peerReport(rec, topo, nick))
+		name := rec.Info.Name
+		if via, ok := topo.NextHop(name); ok {
+			r.UnicastRoutes = append(r.UnicastRoutes, UnicastRoute{Dest: name.String(), Via: via.String()})
+		}
+		if _, kids, ok := topo.Tree(name); ok {
+			b := BroadcastRoute{Source: name.String(), Via: []string{}}
+			for _, k := range kids {
+				b.Via = append(b.Via, k.String())
+			}
+			r.BroadcastRoutes = append(r.BroadcastRoutes, b)
+		}
+	}
+	for _, ep := range s.cfg.Router.Endpoints() {
+		m := MACReport{Mac: ep.MAC.String()}
+		for _, rec := range topo.Records() {
+			if rec.Info.ShortID == ep.Peer {
+				m.Name, m.NickName = rec.Info.Name.String(), rec.Info.NickName
+			}
+		}
+		for _, a := range ep.Addrs {
+			m.Addresses = append(m.Addresses, a.String())
+		}
+		r.MACs = append(r.MACs, m)
+	}
+	if counters, err := s.cfg.Router.Counters(); err == nil {
+		r.OverlayDiagnostics.FastDP = counters
+	} else {
+		s.cfg.Log.Warn("counters of the data path", "err", err)
+	}
+	r.OverlayDiagnostics.Sleeve = s.cfg.Sleeve()
+	return r
+}
+
+func peerReport(rec peer.Record, topo peer.Snapshot, nick map[peer.Name]string) PeerReport {
+	p := PeerReport{
+		Name: rec.Info.Name.String(), NickName: rec.Info.NickName,
+		UID: uint64(rec.Info.UID), ShortID: uint16(rec.Info.ShortID), Version: rec.Seq,
+	}
+	for _, a := range rec.Neighbours {
+		p.Connections = append(p.Connections, PeerConnection{
+			Name: a.Name.String(), NickName: nick[a.Name], Address: a.Addr.String(),
+			Outbound: a.Outbound, Established: topo.Connected(rec.Info.Name, a.Name),
+		})
+	}
+	return p
+}
+
+// connections lists the links with the state of the data path over each, then
+// the targets that are not connected.
+func (s *Server) connections() []Connection {
+	paths := s.cfg.Router.Paths()
+	var out []Connection
+	for _, c := range s.cfg.Mesh.Connections() {
+		row := Connection{Address: c.Addr, Outbound: c.Outbound, Attrs: map[string]string{}}
+		switch c.State {
+		case link.Connected:
+			connected(&row, c, paths[c.Peer.Name])
+		case link.Connecting:
+			row.State = "connecting"
+		case link.Retrying:
+			row.State, row.Info = "retrying", c.Err
+		case link.Failed:
+			row.State, row.Info = "failed", c.Err+", retry: "+retry(c.Retry)
+		}
+		out = append(out, row)
+	}
+	slices.SortStableFunc(out, func(a, b Connection) int { return rank(a.State) - rank(b.State) })
+	return out
+}
+
+func connected(row *Connection, c link.Connection, p router.PathStatus) {
+	row.State = "pending"
+	path := p.Path
+	if path != "" {
+		row.State = "established"
+		row.Attrs["mtu"] = strconv.Itoa(p.MTU)
+	} else {
+		path = "none"
+	}
+	if p.Reason != "" {
+		row.Attrs["reason"] = p.Reason
+	}
+	row.Info = fmt.Sprintf("%-6s %s", path, c.Peer)
+}
+
+func rank(state string) int { return slices.Index(connectionStates(), state) }
+
+func retry(at time.Time) string {
+	if at.IsZero() {
+		return "never"
+	}
+	return max(0, time.Until(at).Round(time.Second)).String()
+}
+
+func (s *Server) ipamReport() *IPAMReport {
+	if s.cfg.Alloc == nil {
+		return nil
+	}
+	st := s.cfg.Alloc.Status()
+	r := &IPAMReport{
+		Status: st.State, Cluster: st.Cluster, Range: st.Range.String(), RangeNumIPs: st.RangeSize,
+		ActiveIPs: st.Active, DefaultSubnet: st.DefaultSubnet.String(), Unowned: st.Unowned,
+	}
+	for _, p := range st.Peers {
+		r.Entries = append(r.Entries, IPAMEntry{
+			Peer: p.Name.String(), Nickname: p.Nick, Size: p.Addresses, IsKnownPeer: p.Reachable || p.Self, Self: p.Self,
+		})
+	}
+	for _, c := range st.Claims {
+		r.PendingClaims = append(r.PendingClaims, PendingClaim{Ident: c.Owner, CIDR: c.CIDR.String()})
+	}
+	for _, a := range st.Allocates {
+		r.PendingAllocates = append(r.PendingAllocates, a.Owner+" "+a.CIDR.String())
+	}
+	for _, c := range st.Conflicts {
+		if r.Conflict != "" {
+			r.Conflict += "; "
+		}
+		r.Conflict += c
+	}
+	return r
+}

@@ -262,18 +262,27 @@ func TestFragmentsLost(t *testing.T) {
 	if lost := w.r.count.incomplete.Load(); int(lost)+open != 201 {
 		t.Errorf("of 201 unfinished frames %d are counted and %d open", lost, open)
 	}
-	// 65536 frames later the first number comes again.
+}
+
+// TestFragmentNumbersComeAgain has 65536 frames between two of one number.
+func TestFragmentNumbersComeAgain(t *testing.T) {
+	w := newWire(600)
+	w.receive(t, w.datagrams(testPlain(3000))[1:])
+	for range 2 * groupWindow {
+		w.receive(t, w.datagrams(testPlain(2000)))
+	}
 	for w.to.fragmented != 0 {
 		w.datagrams(testPlain(2000))
 	}
 	w.out = nil
-	p := testPlain(2500)
+	p := testPlain(3000)
+	p.data[100]++
 	ds := w.datagrams(p)
-	w.receive(t, ds[1:])
+	w.receive(t, ds[:1])
 	if len(w.out) != 0 {
 		t.Error("a frame is made of two frames' fragments")
 	}
-	w.receive(t, ds[:1])
+	w.receive(t, ds[1:])
 	if len(w.out) != 1 || !bytes.Equal(w.out[0].data, p.data) {
 		t.Error("a frame under a number used before does not come")
 	}

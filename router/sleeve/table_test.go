@@ -1,0 +1,60 @@
+package sleeve
+
+import (
+	"strings"
+	"testing"
+
+	"weave.local/peer"
+	"weave.local/router/overlay"
+)
+
+// A neighbour keeps what is known of its path as long as it is the same run of
+// the same peer at the same address.
+func TestNeighbourKept(t *testing.T) {
+	f := forwarding(1, addr4, 2, 3)
+	first, err := new(table).next(f, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	same, err := first.next(f, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if same.neighbours[2] != first.neighbours[2] || same.hops[3] != first.neighbours[3] {
+		t.Error("the same forwarding makes other neighbours")
+	}
+	for name, change := range map[string]func(*overlay.Neighbour){
+		"session": func(n *overlay.Neighbour) { n.Session++ },
+		"address": func(n *overlay.Neighbour) { n.Remote = addr4(9) },
+		"port":    func(n *overlay.Neighbour) { n.Port++ },
+		"name":    func(n *overlay.Neighbour) { n.Name++ },
+	} {
+		f := forwarding(1, addr4, 2, 3)
+		change(&f.Neighbours[0])
+		next, err := first.next(f, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if next.neighbours[2] == first.neighbours[2] || next.hops[2] != next.neighbours[2] {
+			t.Errorf("another %s: the neighbour is as before", name)
+		}
+		if next.neighbours[3] != first.neighbours[3] {
+			t.Errorf("another %s of peer 2: peer 3 is not as before", name)
+		}
+	}
+}
+
+// What cannot be is left out and named; the rest holds.
+func TestForwardingRejects(t *testing.T) {
+	f := forwarding(1, addr4, 2, peer.MaxShortID+1, 0)
+	f.Hops[5] = overlay.Hop{Via: 4, Path: overlay.Sleeve} // by way of nobody
+	f.Hops[6] = overlay.Hop{Via: 2, Path: overlay.Sleeve}
+	f.Hops[7] = overlay.Hop{Via: 2, Path: overlay.FastDP}
+	got, err := new(table).next(f, true)
+	if err == nil || !strings.Contains(err.Error(), "4095") {
+		t.Errorf("short ids out of range: %v", err)
+	}
+	if n := got.neighbours[2]; n == nil || got.hops[6] != n || got.hops[5] != nil || got.hops[7] != nil {
+		t.Errorf("next hops %v %v %v, neighbour %v", got.hops[5], got.hops[6], got.hops[7], n)
+	}
+}

@@ -64,10 +64,10 @@ const (
 )
 
 var (
-	errShort = errors.New("cut short") //nolint:gochecknoglobals // a sentinel
+	errShort = errors.New("cut short")
 	// ErrVersion says that a record is of a version this program does not
 	// know; the records after it can still be read.
-	ErrVersion = errors.New("record of an unknown version") //nolint:gochecknoglobals // a sentinel
+	ErrVersion = errors.New("record of an unknown version")
 )
 
 // CleanNickName makes a nickname fit for the wire and for terminals: what is

@@ -25,7 +25,7 @@ const (
 	maxTTL    = 64
 )
 
-var errFrame = errors.New("malformed frame") //nolint:gochecknoglobals // a sentinel
+var errFrame = errors.New("malformed frame")
 
 // frame puts a body behind its head.
 func frame(typ byte, body []byte) []byte {

@@ -39,11 +39,11 @@ const (
 
 // Errors of Send and Dial.
 var (
-	ErrNoRoute = errors.New("no route to peer")      //nolint:gochecknoglobals // a sentinel
-	ErrTooBig  = errors.New("message is too large")  //nolint:gochecknoglobals // a sentinel
-	ErrFull    = errors.New("send queue is full")    //nolint:gochecknoglobals // a sentinel
-	ErrBusy    = errors.New("peer takes no streams") //nolint:gochecknoglobals // a sentinel
-	ErrClosed  = errors.New("links are closed")      //nolint:gochecknoglobals // a sentinel
+	ErrNoRoute = errors.New("no route to peer")
+	ErrTooBig  = errors.New("message is too large")
+	ErrFull    = errors.New("send queue is full")
+	ErrBusy    = errors.New("peer takes no streams")
+	ErrClosed  = errors.New("links are closed")
 )
 
 // Config is what a Mesh is made of.

@@ -1,0 +1,226 @@
+package link
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"weave.local/peer"
+)
+
+// scene drives a dialer: links says which peers are linked.
+type scene struct {
+	*dialer
+	t     *testing.T
+	now   time.Time
+	links map[peer.Name]bool
+}
+
+func newScene(t *testing.T, targets ...string) *scene {
+	t.Helper()
+	s := &scene{dialer: newDialer(6783), t: t, now: time.Unix(1000, 0), links: map[peer.Name]bool{}}
+	for _, target := range targets {
+		if err := s.add(target, s.now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func (s *scene) linked(n peer.Name) bool { return s.links[n] }
+
+func (s *scene) begin() []job { return s.start(s.now, s.linked, true) }
+
+// fail lets the only due attempt fail and returns the wait until the next.
+func (s *scene) fail(o outcome) time.Duration {
+	s.t.Helper()
+	jobs := s.begin()
+	if len(jobs) != 1 {
+		s.t.Fatalf("%d attempts due", len(jobs))
+	}
+	s.finish(jobs[0].dial, o, s.now)
+	return jobs[0].dial.due.Sub(s.now)
+}
+
+func TestWaitsGrow(t *testing.T) {
+	s := newScene(t, "192.0.2.1")
+	want := firstWait
+	for i := range 20 {
+		got := s.fail(outcome{err: errors.New("no answer")})
+		if got < want*3/4 || got > want*5/4 {
+			t.Errorf("wait %d is %v, want %v by a quarter more or less", i, got, want)
+		}
+		if rows := s.rows(s.linked); len(rows) != 1 || rows[0].State != Failed || rows[0].Err != "no answer" ||
+			!rows[0].Retry.Equal(s.now.Add(got)) || rows[0].Addr != "192.0.2.1:6783" {
+			t.Errorf("rows %+v", rows)
+		}
+		s.now = s.now.Add(got)
+		want = min(want*3/2, longestWait)
+	}
+	_ = s.fail(outcome{err: errors.New("no answer")})
+	if err := s.add("192.0.2.1", s.now); err != nil || len(s.begin()) != 1 {
+		t.Errorf("not dialled at once when asked to: %v", err)
+	}
+	if rows := s.rows(s.linked); rows[0].State != Retrying || rows[0].Err != "no answer" {
+		t.Errorf("rows %+v", rows)
+	}
+}
+
+func TestLinkedTargetRests(t *testing.T) {
+	s := newScene(t, "192.0.2.1")
+	if rows := s.rows(s.linked); len(rows) != 1 || rows[0].State != Connecting {
+		t.Errorf("rows %+v", rows)
+	}
+	s.fail(outcome{peer: 7})
+	s.links[7] = true
+	s.now = s.now.Add(time.Hour)
+	if jobs, rows := s.begin(), s.rows(s.linked); len(jobs) != 0 || len(rows) != 0 {
+		t.Errorf("dialled or shown although linked: %v %v", jobs, rows)
+	}
+	delete(s.links, 7)
+	s.down(7, errors.New("cut"), time.Hour, s.now)
+	if len(s.begin()) != 0 {
+		t.Error("dialled in the very moment of the loss")
+	}
+	s.now = s.now.Add(2 * firstWait)
+	if len(s.begin()) != 1 {
+		t.Error("not dialled again after the loss")
+	}
+}
+
+// A link that dies as soon as it is up must not be redialled every second.
+func TestFlappingLinkIsDialledLessAndLess(t *testing.T) {
+	s := newScene(t, "192.0.2.1")
+	var last time.Duration
+	for range 15 {
+		jobs := s.begin()
+		if len(jobs) != 1 {
+			t.Fatalf("%d attempts due", len(jobs))
+		}
+		s.finish(jobs[0].dial, outcome{peer: 7}, s.now)
+		s.down(7, errors.New("broken"), time.Second, s.now)
+		last = jobs[0].dial.due.Sub(s.now)
+		s.now = s.now.Add(last)
+	}
+	if last < longestWait*3/4 {
+		t.Errorf("still dialled after %v", last)
+	}
+}
+
+func TestOurselvesAreLeftSilently(t *testing.T) {
+	s := newScene(t, "192.0.2.1")
+	s.fail(outcome{peer: 1, self: true, err: errors.New("self")})
+	s.now = s.now.Add(time.Hour)
+	if len(s.begin()) != 0 || len(s.rows(s.linked)) != 0 {
+		t.Error("dialled or shown again")
+	}
+	if got := s.targets(); !slices.Equal(got, []string{"192.0.2.1"}) {
+		t.Errorf("targets %v", got)
+	}
+}
+
+func TestCollisionIsGivenUp(t *testing.T) {
+	s := newScene(t, "192.0.2.1")
+	for range maxCollisions {
+		s.now = s.now.Add(s.fail(outcome{err: errors.New("taken"), collision: true}))
+	}
+	s.now = s.now.Add(24 * time.Hour)
+	if rows := s.rows(s.linked); len(s.begin()) != 0 || rows[0].State != Failed || !rows[0].Retry.IsZero() || rows[0].Err != "taken" {
+		t.Errorf("still tried: %+v", rows)
+	}
+}
+
+func TestDiscovery(t *testing.T) {
+	at := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:6783")}
+	s := newScene(t)
+	s.discover(7, at, s.now, true)
+	s.discover(8, []netip.AddrPort{netip.MustParseAddrPort("192.0.2.8:6783")}, s.now, false)
+	jobs := s.begin()
+	if len(jobs) != 1 || jobs[0].dial.peer != 7 || !slices.Equal(jobs[0].addrs, at) {
+		t.Fatalf("jobs %+v", jobs)
+	}
+	s.finish(jobs[0].dial, outcome{peer: 9}, s.now)
+	if rows := s.rows(s.linked); !strings.Contains(rows[0].Err, "another peer") {
+		t.Errorf("rows %+v", rows)
+	}
+	s.now = s.now.Add(politeWait)
+	if got := s.start(s.now, s.linked, false); len(got) != 0 {
+		t.Error("dialled over the limit of links")
+	}
+	if got := s.begin(); len(got) != 2 {
+		t.Errorf("%d attempts", len(got))
+	}
+
+	// A target that leads there replaces what was discovered.
+	s = newScene(t, "192.0.2.7")
+	s.discover(7, at, s.now, true)
+	if len(s.dials) != 1 {
+		t.Error("dialled twice")
+	}
+	s = newScene(t)
+	s.discover(7, at, s.now, true)
+	s.lose(7)
+	if len(s.begin()) != 0 {
+		t.Error("dialled although it is gone for good")
+	}
+}
+
+func TestForgottenDuringAttempt(t *testing.T) {
+	s := newScene(t, "192.0.2.1")
+	jobs := s.begin()
+	s.forget("192.0.2.1")
+	s.finish(jobs[0].dial, outcome{err: errors.New("no answer")}, s.now)
+	s.now = s.now.Add(time.Hour)
+	if len(s.begin()) != 0 || len(s.rows(s.linked)) != 0 || s.busy != 0 {
+		t.Error("came back")
+	}
+}
+
+func TestSplitTarget(t *testing.T) {
+	for in, want := range map[string]struct {
+		host string
+		port uint16
+	}{
+		"192.0.2.1":         {"192.0.2.1", 6783},
+		"192.0.2.1:99":      {"192.0.2.1", 99},
+		"2001:db8::1":       {"2001:db8::1", 6783},
+		"[2001:db8::1]":     {"2001:db8::1", 6783},
+		"[2001:db8::1]:99":  {"2001:db8::1", 99},
+		"host.example":      {"host.example", 6783},
+		"host.example:6784": {"host.example", 6784},
+	} {
+		host, port, err := splitTarget(in, 6783)
+		if err != nil || host != want.host || port != want.port {
+			t.Errorf("%s: %s %d %v", in, host, port, err)
+		}
+	}
+	for _, in := range []string{"", ":99", "a:b", "a:0", "a:65536", "a b", "http://a", "a,b", "[::1", "[a]", "::1]:3"} {
+		if host, port, err := splitTarget(in, 6783); err == nil {
+			t.Errorf("%q: accepted as %s %d", in, host, port)
+		} else if !strings.Contains(err.Error(), "peer ") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%q: %v", in, err)
+		}
+	}
+}
+
+func FuzzSplitTarget(f *testing.F) {
+	f.Add("[2001:db8::1]:99")
+	f.Fuzz(func(t *testing.T, s string) {
+		if host, port, err := splitTarget(s, 6783); err == nil && (host == "" || port == 0) {
+			t.Errorf("%q: %q %d", s, host, port)
+		}
+	})
+}
+
+func TestResolve(t *testing.T) {
+	if err := Resolve(t.Context(), []string{"192.0.2.1", "localhost", "[::1]:5"}, 6783); err != nil {
+		t.Error(err)
+	}
+	err := Resolve(t.Context(), []string{"192.0.2.1", "nowhere.invalid", "a:b"}, 6783)
+	if err == nil || !strings.Contains(err.Error(), "nowhere.invalid") || !strings.Contains(err.Error(), `"a:b"`) || strings.Contains(err.Error(), "\n") {
+		t.Errorf("got %v", err)
+	}
+}

@@ -1,0 +1,176 @@
+package link
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"net"
+	"reflect"
+	"strings"
+	"testing"
+
+	"weave.local/peer"
+)
+
+// The layouts are a promise to peers of other versions.
+func TestFrameLayouts(t *testing.T) {
+	for what, c := range map[string]struct {
+		got  []byte
+		want string
+	}{
+		"hello":     {helloFrame(0x0102030405060708), "00000009" + "01" + "0102030405060708"},
+		"datagram":  {datagram{64, 0xa1, 0xb2, 9, []byte("hi")}.frame(), "00000011" + "03" + "40" + "0000000000a1" + "0000000000b2" + "09" + "6869"},
+		"broadcast": {broadcast{63, 0xb2, 5, 9, []byte("hi")}.frame(), "00000013" + "04" + "3f" + "0000000000b2" + "0000000000000005" + "09" + "6869"},
+		"bye":       {frame(typeBye, []byte("x")), "00000002" + "05" + "78"},
+		"stream":    {streamTo{64, 0xa1, 0xb2}.append(nil), "01" + "40" + "0000000000a1" + "0000000000b2"},
+		"refusal":   {handshakeFrame(msgRefusal, []byte{refuseLimit, 'x'}), "0003" + "03" + "0478"},
+	} {
+		if got := hex.EncodeToString(c.got); got != c.want {
+			t.Errorf("%s: %s, want %s", what, got, c.want)
+		}
+	}
+}
+
+func TestRecordsAreSplitIntoFrames(t *testing.T) {
+	var records []peer.Record
+	for i := range peer.Name(2000) {
+		records = append(records, peer.Record{
+			Info:       peer.Info{Name: i + 1, UID: 1, NickName: strings.Repeat("n", 50)},
+			Neighbours: []peer.Adjacency{{Name: 5000}, {Name: 5001}},
+		})
+	}
+	frames := recordFrames(records)
+	var got []peer.Record
+	for _, f := range frames {
+		if int(binary.BigEndian.Uint32(f)) != len(f)-4 || f[4] != typeRecords || len(f) > maxBody {
+			t.Fatalf("frame of %d bytes, head %x", len(f), f[:headSize])
+		}
+		r, err := parseRecords(f[headSize:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, r...)
+	}
+	if len(frames) < 2 || !reflect.DeepEqual(got, records) {
+		t.Errorf("%d records in %d frames", len(got), len(frames))
+	}
+	if frames := recordFrames(nil); frames != nil {
+		t.Errorf("no records make %d frames", len(frames))
+	}
+}
+
+// A bad record does not cost the good ones beside it.
+func TestBadRecordIsSkipped(t *testing.T) {
+	good := peer.Record{Info: peer.Info{Name: 1, UID: 1}}
+	bad := peer.AppendRecord(nil, peer.Record{Info: peer.Info{Name: 2}})
+	b := append(peer.AppendRecord(nil, good), bad...)
+	b = peer.AppendRecord(b, good)
+	records, err := parseRecords(b)
+	if err == nil || len(records) != 2 {
+		t.Errorf("%d records, %v", len(records), err)
+	}
+}
+
+func FuzzParseFrames(f *testing.F) {
+	f.Add(datagram{64, 1, 2, 9, []byte("hi")}.frame()[headSize:])
+	f.Add(broadcast{64, 2, 5, 9, []byte("hi")}.frame()[headSize:])
+	f.Add(streamTo{64, 1, 2}.append(nil))
+	f.Add(peer.AppendRecord(nil, peer.Record{Info: peer.Info{Name: 1, UID: 1}}))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if d, err := parseDatagram(b); err == nil && !bytes.Equal(d.frame()[headSize:], b) {
+			t.Errorf("datagram %+v", d)
+		}
+		if c, err := parseBroadcast(b); err == nil && !bytes.Equal(c.frame()[headSize:], b) {
+			t.Errorf("broadcast %+v", c)
+		}
+		if s, err := parseStreamTo(b); err == nil && !bytes.Equal(s.append(nil), b) {
+			t.Errorf("stream %+v", s)
+		}
+		_, _ = parseRecords(b)
+		_ = parseRefusal(b)
+	})
+}
+
+// FuzzGreet throws bytes at the handshake.
+func FuzzGreet(f *testing.F) {
+	intro := peer.AppendInfo(make([]byte, 8), peer.Info{Name: 2, UID: 2})
+	f.Add(append([]byte("weave/\x01\x01"), handshakeFrame(msgIntro, intro)...))
+	f.Add([]byte("weave/\x02\x03"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		here, there := net.Pipe()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			_, _ = there.Read(make([]byte, 4096))
+			_, _ = there.Write(b)
+			_ = there.Close()
+		}()
+		h, err := greet(here, peer.Info{Name: 1, UID: 1}, 1, true)
+		if err == nil {
+			err = conclude(here, h, func() *refusal { return nil })
+		}
+		_ = here.Close()
+		<-done
+		if r := (*refusal)(nil); errors.As(err, &r) && strings.ContainsAny(r.reason, "\x1b\n\x00") {
+			t.Errorf("reason %q goes to terminals", r.reason)
+		}
+	})
+}
+
+func TestWindow(t *testing.T) {
+	w := &window{}
+	for i, step := range []struct {
+		seq   uint64
+		fresh bool
+	}{
+		{100, true}, {100, false}, {102, true}, {101, true}, {101, false}, {100, false},
+		{38, false}, {39, true}, {1000, true}, {937, true}, {936, false}, {102, false}, {1000, false},
+	} {
+		if got := w.fresh(step.seq); got != step.fresh {
+			t.Errorf("step %d: %d fresh %v", i, step.seq, got)
+		}
+	}
+}
+
+func TestQueue(t *testing.T) {
+	q := newQueue()
+	q.push([]byte("later"), false)
+	q.push([]byte("first"), true)
+	for _, want := range []string{"first", "later"} {
+		if f, ok := q.pop(); !ok || string(f) != want {
+			t.Errorf("got %q %v, want %q", f, ok, want)
+		}
+	}
+	for range queueFrames {
+		if !q.push([]byte("x"), false) {
+			t.Fatal("full too early")
+		}
+	}
+	if q.push([]byte("x"), false) {
+		t.Error("no bound on frames")
+	}
+	if !q.push([]byte("x"), true) {
+		t.Error("ordinary frames keep out urgent ones")
+	}
+	q.end([]byte("bye"))
+	if f, ok := q.pop(); !ok || string(f) != "bye" {
+		t.Errorf("last words %q %v", f, ok)
+	}
+	if f, ok := q.pop(); ok {
+		t.Errorf("after the last words %q", f)
+	}
+	if q.push([]byte("x"), true) {
+		t.Error("took a frame after the end")
+	}
+
+	q = newQueue()
+	big := make([]byte, MaxPayload)
+	n := 0
+	for q.push(big, false) {
+		n++
+	}
+	if n*MaxPayload > queueBytes || n < 2 {
+		t.Errorf("%d large frames held", n)
+	}
+}

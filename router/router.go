@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,14 +39,15 @@ const (
 type Config struct {
 	Mesh  *link.Mesh
 	Table *gossip.Table // named TableName
-	Log  *slog.Logger
+	Log   *slog.Logger
 }
 
 // Router chooses paths. Its methods may be called from several goroutines.
 type Router struct {
 	cfg    Config
 	sw     overlay.Switch
-	paths  []overlay.Overlay // in order of preference
+	paths  []overlay.Overlay // that may be chosen, in order of preference
+	all    []overlay.Overlay // that run: these and the switch
 	kick   chan struct{}
 	nextID func() uint64
 	hold   bool
@@ -91,10 +93,15 @@ func New(cfg Config) *Router {
 	return r
 }
 
-// Use sets the data paths: sw, which also owns the bridge's ports, and all
-// paths in order of preference. It must be called once, before any port is set
-// and before Run.
-func (r *Router) Use(sw overlay.Switch, paths ...overlay.Overlay) { r.sw, r.paths = sw, paths }
+// Use sets the data paths: sw, which owns the bridge's ports, and the paths
+// that may be chosen, in order of preference; sw need not be among these. It
+// must be called once, before any port is set and before Run.
+func (r *Router) Use(sw overlay.Switch, paths ...overlay.Overlay) {
+	r.sw, r.paths, r.all = sw, paths, paths
+	if !slices.ContainsFunc(paths, func(p overlay.Overlay) bool { return p.Name() == sw.Name() }) {
+		r.all = append(slices.Clone(paths), sw)
+	}
+}
 
 // Hold says that the kernel already forwards, left so by an earlier run:
 // forwarding states are partial until links, paths and endpoints have come to
@@ -186,7 +193,7 @@ func (r *Router) nudge() {
 // ctx ends. Forwarding in the kernel goes on after it.
 func (r *Router) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
-	for _, p := range r.paths {
+	for _, p := range r.all {
 		g.Go(func() error {
 			if err := p.Run(ctx); err != nil && !errors.Is(err, context.Canceled) {
 				return fmt.Errorf("data path %s: %w", p.Name(), err)
@@ -261,7 +268,7 @@ func (r *Router) apply(partial bool) error {
 	f := r.forwarding()
 	f.Partial = partial
 	var errs []error
-	for _, p := range r.paths {
+	for _, p := range r.all {
 		if err := p.Apply(f); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", p.Name(), err))
 		}

@@ -30,12 +30,15 @@
 // test_features and told in cfg.flags.
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
 #define SHORT_ID 0xfff
 #define HOP_LIMIT 63 /* the most that the tags of the TAP can say */
+#define ARP_LEN 28 /* for IPv4 over Ethernet */
 #define MAX_CHILDREN 512
 #define MAX_SHARING 7
 #define MAX_SUBNETS 8
@@ -235,6 +238,22 @@ static __always_inline struct cfg *get_config(void)
 	return bpf_map_lookup_elem(&config, &zero);
 }
 
+/* The first len bytes of the frame, or null when it is shorter. Other helpers
+ * that change the frame make the pointer invalid. */
+static __always_inline void *header(struct __sk_buff *skb, __u32 len)
+{
+	void *data = (void *)(long)skb->data;
+
+	if (data + len > (void *)(long)skb->data_end) {
+		if (bpf_skb_pull_data(skb, len))
+			return 0;
+		data = (void *)(long)skb->data;
+		if (data + len > (void *)(long)skb->data_end)
+			return 0;
+	}
+	return data;
+}
+
 static __always_inline int is_zero_mac(const __u8 *m)
 {
 	return !(m[0] | m[1] | m[2] | m[3] | m[4] | m[5]);
@@ -246,10 +265,16 @@ static __always_inline int is_zero_mac(const __u8 *m)
  * an error instead of fragments. */
 static __always_inline int wants_df(struct __sk_buff *skb)
 {
-	__u8 fragment = 0x40;
-	if (skb->protocol == bpf_htons(ETH_P_IP))
-		bpf_skb_load_bytes(skb, ETH_HLEN + 6, &fragment, 1);
-	return fragment & 0x40;
+	struct ethhdr *eth;
+	struct iphdr *ip;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP))
+		return 1;
+	eth = header(skb, sizeof(*eth) + sizeof(*ip));
+	if (!eth)
+		return 1;
+	ip = (void *)(eth + 1);
+	return ip->frag_off & bpf_htons(0x4000);
 }
 
 static __always_inline int encapsulate(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst,
@@ -434,13 +459,13 @@ static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, st
 static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src, __u32 dst,
 				   __u32 ttl, int by_tap)
 {
-	__u8 macs[2 * ETH_ALEN];
+	struct ethhdr *eth = header(skb, sizeof(*eth));
 
-	if (!src || bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)))
+	if (!src || !eth)
 		return drop(COUNT_DROPPED_MALFORMED);
 	if (src == c->self)
 		return drop(COUNT_DROPPED_OWN);
-	if (is_zero_mac(macs) && is_zero_mac(macs + ETH_ALEN))
+	if (is_zero_mac(eth->h_dest) && is_zero_mac(eth->h_source))
 		return take_probe(skb, c, from, src, dst);
 	if (!dst)
 		return take_flooded(skb, c, from, src, ttl, by_tap);
@@ -551,13 +576,16 @@ static __always_inline int is_link_local_mac(const __u8 *m)
 static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 {
 	struct mac dst = {};
+	struct ethhdr *eth;
 
 	if (skb->mark == MARK_SENT) {
 		skb->mark = 0;
 		return PASS;
 	}
-	if (bpf_skb_load_bytes(skb, 0, dst.b, ETH_ALEN))
+	eth = header(skb, sizeof(*eth));
+	if (!eth)
 		return drop(COUNT_DROPPED_MALFORMED);
+	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
 	if (!c->self)
 		return drop(COUNT_DROPPED_NO_PATH);
 	if (is_zero_mac(dst.b) || is_link_local_mac(dst.b))
@@ -596,32 +624,33 @@ static __always_inline int same_addr(const struct addr *a, const struct addr *b)
 
 static __always_inline int owns_addr(struct port *p, struct addr *a)
 {
-	for (int i = 0; i < MAX_ADDRS; i++)
-		if (i < p->n_addrs && same_addr(&p->addrs[i], a))
+	for (int i = 0; i < MAX_ADDRS; i++) {
+		if (i >= p->n_addrs)
+			break;
+		if (same_addr(&p->addrs[i], a))
 			return 1;
+	}
 	return 0;
 }
 
-/* IPv4 source as it stands at off; 0.0.0.0 (DHCP, ARP probes) is anybody's */
-static __always_inline int may_send_ipv4(struct __sk_buff *skb, struct port *p, __u32 off)
+/* 0.0.0.0 (DHCP, ARP probes) is anybody's */
+static __always_inline int may_send_ipv4(struct port *p, const void *src)
 {
 	struct addr a __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
 	__u32 v4;
 
-	if (bpf_skb_load_bytes(skb, off, &v4, sizeof(v4)))
-		return 0;
-	__builtin_memcpy(&a.b[12], &v4, sizeof(v4));
+	__builtin_memcpy(&v4, src, sizeof(v4));
+	__builtin_memcpy(&a.b[12], src, sizeof(v4));
 	return !v4 || owns_addr(p, &a);
 }
 
 /* link-local and unspecified sources (address resolution) are anybody's */
-static __always_inline int may_send_ipv6(struct __sk_buff *skb, struct port *p)
+static __always_inline int may_send_ipv6(struct port *p, const void *src)
 {
 	struct addr a __attribute__((aligned(8)));
 	const __u64 *half = (const void *)&a;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN + 8, &a, sizeof(a)))
-		return 0;
+	__builtin_memcpy(&a, src, sizeof(a));
 	if (a.b[0] == 0xfe && (a.b[1] & 0xc0) == 0x80)
 		return 1;
 	return !(half[0] | half[1]) || owns_addr(p, &a);
@@ -636,13 +665,30 @@ static __always_inline int is_mac_of(struct port *p, const __u8 *mac)
 	return !differ;
 }
 
-static __always_inline int may_send_arp(struct __sk_buff *skb, struct port *p)
+/* Whether the frame claims to come from the port's own addresses. A frame
+ * with VLAN tag does not: a receiver may take VLAN 0 for none. */
+static __always_inline int is_honest(struct __sk_buff *skb, struct port *p)
 {
-	__u8 sender[ETH_ALEN];
+	struct ethhdr *eth = header(skb, sizeof(*eth));
+	__u8 rare[sizeof(struct ipv6hdr)]; /* headers that need not be fast */
+	__u8 *h;
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN + 8, sender, sizeof(sender)))
+	if (!eth || !is_mac_of(p, eth->h_source) || skb->vlan_present)
 		return 0;
-	return is_mac_of(p, sender) && may_send_ipv4(skb, p, ETH_HLEN + 14);
+	switch (eth->h_proto) {
+	case bpf_htons(ETH_P_IP):
+		h = header(skb, ETH_HLEN + sizeof(struct iphdr));
+		return h && may_send_ipv4(p, h + ETH_HLEN + 12);
+	case bpf_htons(ETH_P_IPV6):
+		return !bpf_skb_load_bytes(skb, ETH_HLEN, rare, sizeof(struct ipv6hdr)) && may_send_ipv6(p, rare + 8);
+	case bpf_htons(ETH_P_ARP):
+		return !bpf_skb_load_bytes(skb, ETH_HLEN, rare, ARP_LEN) && is_mac_of(p, rare + 8) &&
+		       may_send_ipv4(p, rare + 14);
+	case bpf_htons(ETH_P_8021Q):
+	case bpf_htons(ETH_P_8021AD):
+		return 0;
+	}
+	return 1;
 }
 
 /* ingress of the host side: what the container sends */
@@ -651,35 +697,10 @@ int port_in(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex;
 	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
-	struct ethhdr eth;
-	int ok;
 
 	if (!p)
 		return drop(COUNT_DROPPED_UNKNOWN_PORT);
-	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)))
-		return drop(COUNT_DROPPED_MALFORMED);
-	if (!is_mac_of(p, eth.h_source))
-		return drop(COUNT_DROPPED_SPOOFED);
-	if (skb->vlan_present)
-		return drop(COUNT_DROPPED_SPOOFED);
-	switch (eth.h_proto) {
-	case bpf_htons(ETH_P_IP):
-		ok = may_send_ipv4(skb, p, ETH_HLEN + 12);
-		break;
-	case bpf_htons(ETH_P_IPV6):
-		ok = may_send_ipv6(skb, p);
-		break;
-	case bpf_htons(ETH_P_ARP):
-		ok = may_send_arp(skb, p);
-		break;
-	case bpf_htons(ETH_P_8021Q): /* a receiver takes VLAN 0 for untagged */
-	case bpf_htons(ETH_P_8021AD):
-		ok = 0;
-		break;
-	default:
-		ok = 1;
-	}
-	return ok ? PASS : drop(COUNT_DROPPED_SPOOFED);
+	return is_honest(skb, p) ? PASS : drop(COUNT_DROPPED_SPOOFED);
 }
 
 static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
@@ -703,12 +724,14 @@ int port_out(struct __sk_buff *skb)
 {
 	__u32 ifindex = skb->ifindex;
 	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	struct ethhdr *eth = header(skb, sizeof(*eth));
 	struct mac src = {};
 
 	if (!p)
 		return drop(COUNT_DROPPED_UNKNOWN_PORT);
-	if (bpf_skb_load_bytes(skb, ETH_ALEN, src.b, ETH_ALEN))
+	if (!eth)
 		return drop(COUNT_DROPPED_MALFORMED);
+	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
 	struct endpoint *e = bpf_map_lookup_elem(&endpoints, &src);
 	if (!e)
 		return drop(COUNT_DROPPED_UNKNOWN_MAC);

@@ -143,6 +143,21 @@ func checkArrival(t *testing.T, in int, p *packet) {
 	}
 }
 
+// floodForwarding is what host id of TestFlood goes by.
+func floodForwarding(id peer.ShortID) overlay.Forwarding {
+	others := slices.DeleteFunc([]peer.ShortID{1, 2, 3}, func(o peer.ShortID) bool { return o == id })
+	f := forwarding(id, addr4, others...)
+	if id == 2 {
+		f.Hops[1] = overlay.Hop{Via: 1, Path: overlay.FastDP}
+	}
+	f.Trees = map[peer.ShortID]map[peer.ShortID]overlay.Tree{
+		1: {1: {Children: []peer.ShortID{2}}, 2: {Parent: 2, Children: []peer.ShortID{3}}},
+		2: {1: {Parent: 1, Children: []peer.ShortID{3}}, 2: {Children: []peer.ShortID{1, 3}}},
+		3: {1: {Parent: 2}, 2: {Parent: 2}},
+	}[id]
+	return f
+}
+
 // Frames flood along the tree of their source, and only along it:
 //
 //	1 ── 2 ── 3        tree of 1: 1 → 2 → 3
@@ -155,17 +170,7 @@ func TestFlood(t *testing.T) {
 	join(hosts[1].space, hosts[3].space, 1, 3, 1500)
 	fd := map[peer.ShortID]int{}
 	for id, h := range hosts {
-		others := slices.DeleteFunc([]peer.ShortID{1, 2, 3}, func(o peer.ShortID) bool { return o == id })
-		f := forwarding(id, addr4, others...)
-		if id == 2 {
-			f.Hops[1] = overlay.Hop{Via: 1, Path: overlay.FastDP}
-		}
-		f.Trees = map[peer.ShortID]map[peer.ShortID]overlay.Tree{
-			1: {1: {Children: []peer.ShortID{2}}, 2: {Parent: 2, Children: []peer.ShortID{3}}},
-			2: {1: {Parent: 1, Children: []peer.ShortID{3}}, 2: {Children: []peer.ShortID{1, 3}}},
-			3: {1: {Parent: 2}, 2: {Parent: 2}},
-		}[id]
-		h.apply(t, f)
+		h.apply(t, floodForwarding(id))
 		stop[id], fd[id] = h.serve(t), h.packetSocket(t)
 	}
 	send := func(at, src peer.ShortID) *packet {

@@ -187,12 +187,12 @@ func WriteIPAM(w io.Writer, r *IPAMReport) {
 	row("unclaimed", r.Unowned, "")
 }
 
-// WriteAttachments writes `weave ps`: an identifier of at most 12 characters,
-// the Ethernet address and the addresses.
+// WriteAttachments writes `weave ps`: an identifier, that of a container cut to
+// 12 characters, the Ethernet address and the addresses.
 func WriteAttachments(w io.Writer, as []Attachment) {
 	for _, a := range as {
 		id := a.ID
-		if len(id) > 12 && !strings.HasPrefix(id, "weave:") {
+		if len(id) > 12 && !strings.HasPrefix(id, "weave:") && !strings.HasPrefix(id, "/") {
 			id = id[:12]
 		}
 		fmt.Fprintln(w, strings.TrimRight(strings.Join(append([]string{id, a.MAC}, a.CIDRs...), " "), " "))

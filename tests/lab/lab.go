@@ -1,0 +1,253 @@
+// Package lab makes hosts out of namespaces, for tests, demo and bench: each
+// host has its own network, mount, process, UTS and IPC namespace, its own
+// /run, /sys, /etc and /var/lib, a process 1, and a Docker engine if asked
+// for; one switch joins them.
+//
+//	u1 192.0.2.1 ──┐
+//	u2 192.0.2.2 ──┼── switch 192.0.2.254, "the outside"
+//	u3 192.0.2.3 ──┘
+//
+// Nothing of a lab shows in the namespaces of the machine it runs on but
+// processes, a temporary folder and control groups, and these go when the lab
+// is closed or when the program that made it ends, in whatever way: process 1
+// of each host dies with the program and takes along all that runs on the
+// host, and a janitor process then removes folder and groups. Nothing is named
+// machine-wide except after that folder, so that labs do not meet.
+//
+// Hosts share the root file system of the machine otherwise, /tmp included.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Outside is the address of the switch itself: a machine outside of all
+// overlays that every host reaches, and their default router.
+func Outside() netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, 254}) }
+
+// Config says what to build.
+type Config struct {
+	Hosts []string // names; default u1 u2 u3; at most 200
+	// Docker starts an engine on each host and loads the image
+	// busybox:latest, made of the machine's own static busybox.
+	Docker bool
+	// MTU of the underlay in bytes; 0 for 1500.
+	MTU int
+	// Wire takes segmentation and checksum offload off the underlay, so that
+	// every packet crosses it as on a plain network card.
+	Wire bool
+}
+
+// Lab is a running set of hosts.
+type Lab struct {
+	Hosts []*Host
+
+	cfg     Config
+	dir     string
+	id      string // base name of dir
+	spawn   chan func()
+	ended   chan struct{} // the thread behind spawn has gone
+	sw      *process
+	extra   []*Host // machines behind hosts
+	cuts    map[[2]string]bool
+	janitor *exec.Cmd
+	broom   *os.File // closing it tells the janitor to start
+	words   *strings.Builder
+}
+
+// Missing says why no lab can be built on this machine; empty when one can.
+func Missing(docker bool) string {
+	if os.Geteuid() != 0 {
+		return "needs root, to make namespaces"
+	}
+	tools := []string{"ip", "nft", "tini-static", "iptables-save"}
+	if docker {
+		tools = append(tools, "dockerd", "docker", "busybox")
+	}
+	for _, t := range tools {
+		if _, err := exec.LookPath(t); err != nil {
+			return "needs " + t + " (./tests/run installs all that is needed)"
+		}
+	}
+	return ""
+}
+
+// New builds a lab. On error nothing is left of it.
+func New(ctx context.Context, cfg Config) (*Lab, error) {
+	if why := Missing(cfg.Docker); why != "" {
+		return nil, errors.New("lab: " + why)
+	}
+	if len(cfg.Hosts) == 0 {
+		cfg.Hosts = []string{"u1", "u2", "u3"}
+	}
+	if len(cfg.Hosts) > 200 {
+		return nil, fmt.Errorf("lab: %d hosts, want at most 200", len(cfg.Hosts))
+	}
+	if cfg.MTU == 0 {
+		cfg.MTU = 1500
+	}
+	dir, err := os.MkdirTemp("", "weave-lab-")
+	if err != nil {
+		return nil, fmt.Errorf("lab: folder: %w", err)
+	}
+	l := &Lab{
+		cfg: cfg, dir: dir, id: filepath.Base(dir), cuts: map[[2]string]bool{},
+		spawn: make(chan func()), ended: make(chan struct{}), words: &strings.Builder{},
+	}
+	if err := l.startJanitor(); err != nil {
+		return nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	go l.spawner()
+	if err := l.build(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("lab: %w", err), l.Close())
+	}
+	return l, nil
+}
+
+func (l *Lab) build(ctx context.Context) error {
+	if err := l.startSwitch(ctx); err != nil {
+		return fmt.Errorf("switch: %w", err)
+	}
+	for i, name := range l.cfg.Hosts {
+		h, err := l.newHost(ctx, name, netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)}))
+		if err != nil {
+			return fmt.Errorf("host %s: %w", name, err)
+		}
+		l.Hosts = append(l.Hosts, h)
+		if err := l.plug(ctx, h); err != nil {
+			return fmt.Errorf("host %s: %w", name, err)
+		}
+	}
+	if l.cfg.Docker {
+		if err := l.startEngines(ctx); err != nil {
+			return err
+		}
+	}
+	for _, h := range l.Hosts {
+		if err := h.settle(ctx); err != nil {
+			return fmt.Errorf("host %s: %w", h.Name, err)
+		}
+	}
+	return nil
+}
+
+// Host returns the host of that name; it panics when there is none.
+func (l *Lab) Host(name string) *Host {
+	for _, h := range append(l.Hosts, l.extra...) {
+		if h.Name == name {
+			return h
+		}
+	}
+	panic("lab: no host " + name)
+}
+
+// Dir is the lab's folder, the same on all hosts; it goes with the lab.
+func (l *Lab) Dir() string { return l.dir }
+
+// Close ends the hosts with all that runs on them and removes every trace. It
+// may be called again.
+func (l *Lab) Close() error {
+	if l.broom == nil {
+		return nil
+	}
+	for _, h := range append(l.Hosts, l.extra...) {
+		h.Crash()
+	}
+	if l.sw != nil {
+		l.sw.kill()
+	}
+	close(l.spawn)
+	<-l.ended
+	_ = l.broom.Close()
+	l.broom = nil
+	if err := l.janitor.Wait(); err != nil {
+		return fmt.Errorf("lab: what is left could not be removed: %w: %s", err, l.words)
+	}
+	return nil
+}
+
+// spawner starts the processes 1: a signal on the death of their parent comes
+// when the parent's thread dies, so they all have this one, which lives as
+// long as the lab.
+func (l *Lab) spawner() {
+	defer close(l.ended)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	for f := range l.spawn {
+		f()
+	}
+}
+
+// janitorScript waits until the lab is over and removes what processes leave.
+// Control groups can go only once the last process has been buried.
+const janitorScript = `
+read -r _ || true
+dir=$1 id=$2
+rmgroups() {
+	for g in /sys/fs/cgroup/"$id"-* /sys/fs/cgroup/*/"$id"-*; do
+		[ -d "$g" ] && find "$g" -depth -type d -exec rmdir {} + 2>/dev/null
+	done
+	for g in /sys/fs/cgroup/"$id"-* /sys/fs/cgroup/*/"$id"-*; do
+		[ -d "$g" ] && return 1
+	done
+	return 0
+}
+n=0
+until rmgroups && rm -rf "$dir"; do
+	n=$((n + 1))
+	if [ $n -gt 100 ]; then echo "control groups or files of $id stay"; exit 1; fi
+	sleep 0.1
+done
+`
+
+func (l *Lab) startJanitor() error {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("lab: pipe: %w", err)
+	}
+	defer func() { _ = r.Close() }()
+	l.janitor = &exec.Cmd{
+		Path: "/bin/sh", Args: []string{"sh", "-c", janitorScript, "janitor", l.dir, l.id},
+		Stdin: r, Stdout: l.words, Stderr: l.words, Dir: "/",
+		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
+	}
+	if err := l.janitor.Start(); err != nil {
+		_ = w.Close()
+		return fmt.Errorf("lab: janitor: %w", err)
+	}
+	l.broom = w
+	return nil
+}
+
+// poll is how often Wait looks again.
+const poll = 20 * time.Millisecond
+
+// Wait calls check until it returns nil, and gives up with its last error when
+// ctx ends or the time is over.
+func Wait(ctx context.Context, timeout time.Duration, check func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	tick := time.NewTicker(poll)
+	defer tick.Stop()
+	for {
+		err := check()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not within %s: %w", timeout, err)
+		case <-tick.C:
+		}
+	}
+}

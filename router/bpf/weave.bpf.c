@@ -238,17 +238,18 @@ static __always_inline struct cfg *get_config(void)
 	return bpf_map_lookup_elem(&config, &zero);
 }
 
-/* The first len bytes of the frame, or null when it is shorter. Other helpers
- * that change the frame make the pointer invalid. */
+/* The first len bytes of the frame, or null when it is shorter. Helpers that
+ * change the frame make the pointer invalid. The reads are volatile: a pointer
+ * that the compiler keeps in a register as 32 bits is none to the verifier. */
 static __always_inline void *header(struct __sk_buff *skb, __u32 len)
 {
-	void *data = (void *)(long)skb->data;
+	void *data = (void *)(long)*(volatile __u32 *)&skb->data;
 
-	if (data + len > (void *)(long)skb->data_end) {
+	if (data + len > (void *)(long)*(volatile __u32 *)&skb->data_end) {
 		if (bpf_skb_pull_data(skb, len))
 			return 0;
-		data = (void *)(long)skb->data;
-		if (data + len > (void *)(long)skb->data_end)
+		data = (void *)(long)*(volatile __u32 *)&skb->data;
+		if (data + len > (void *)(long)*(volatile __u32 *)&skb->data_end)
 			return 0;
 	}
 	return data;

@@ -23,7 +23,7 @@ func TestFrameLayouts(t *testing.T) {
 		"datagram":  {datagram{64, 0xa1, 0xb2, 9, []byte("hi")}.frame(), "00000011" + "03" + "40" + "0000000000a1" + "0000000000b2" + "09" + "6869"},
 		"broadcast": {broadcast{63, 0xb2, 5, 9, []byte("hi")}.frame(), "00000013" + "04" + "3f" + "0000000000b2" + "0000000000000005" + "09" + "6869"},
 		"bye":       {frame(typeBye, []byte("x")), "00000002" + "05" + "78"},
-		"stream":    {streamTo{64, 0xa1, 0xb2}.append(nil), "01" + "40" + "0000000000a1" + "0000000000b2"},
+		"stream":    {streamTo{64, 0xa1, 0xb2}.head(), "01" + "40" + "0000000000a1" + "0000000000b2"},
 		"refusal":   {handshakeFrame(msgRefusal, []byte{refuseLimit, 'x'}), "0003" + "03" + "0478"},
 	} {
 		if got := hex.EncodeToString(c.got); got != c.want {
@@ -75,7 +75,7 @@ func TestBadRecordIsSkipped(t *testing.T) {
 func FuzzParseFrames(f *testing.F) {
 	f.Add(datagram{64, 1, 2, 9, []byte("hi")}.frame()[headSize:])
 	f.Add(broadcast{64, 2, 5, 9, []byte("hi")}.frame()[headSize:])
-	f.Add(streamTo{64, 1, 2}.append(nil))
+	f.Add(streamTo{64, 1, 2}.head())
 	f.Add(peer.AppendRecord(nil, peer.Record{Info: peer.Info{Name: 1, UID: 1}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if d, err := parseDatagram(b); err == nil && !bytes.Equal(d.frame()[headSize:], b) {
@@ -84,7 +84,7 @@ func FuzzParseFrames(f *testing.F) {
 		if c, err := parseBroadcast(b); err == nil && !bytes.Equal(c.frame()[headSize:], b) {
 			t.Errorf("broadcast %+v", c)
 		}
-		if s, err := parseStreamTo(b); err == nil && !bytes.Equal(s.append(nil), b) {
+		if s, err := parseStreamTo(b); err == nil && !bytes.Equal(s.head(), b) {
 			t.Errorf("stream %+v", s)
 		}
 		_, _ = parseRecords(b)

@@ -69,8 +69,8 @@ type streamTo struct {
 	dst, src peer.Name
 }
 
-func (s streamTo) append(b []byte) []byte {
-	return appendName(appendName(append(b, streamVersion, s.ttl), s.dst), s.src)
+func (s streamTo) head() []byte {
+	return appendName(appendName([]byte{streamVersion, s.ttl}, s.dst), s.src)
 }
 
 func parseStreamTo(b []byte) (s streamTo, err error) {
@@ -111,7 +111,7 @@ func (m *Mesh) openHop(ctx context.Context, l *link, to streamTo) (*streamConn, 
 }
 
 func ask(c net.Conn, to streamTo) error {
-	if _, err := c.Write(to.append(nil)); err != nil {
+	if _, err := c.Write(to.head()); err != nil {
 		return err
 	}
 	var ack [1]byte
@@ -233,19 +233,19 @@ func (m *Mesh) relay(ctx context.Context, from *link, c *streamConn, to streamTo
 
 // splice copies both directions until both ended, or until a link breaks.
 func splice(a, b *streamConn) {
-	ended := make(chan error, 2)
+	ended := make(chan bool, 2) // true: as its source wished
 	one := func(dst, src *streamConn) {
 		_, err := io.Copy(dst, src)
 		_ = dst.CloseWrite()
-		ended <- err
+		ended <- err == nil
 	}
 	go one(a, b)
 	go one(b, a)
 	for left := 2; left > 0; {
 		select {
-		case err := <-ended:
+		case well := <-ended:
 			left--
-			if err == nil {
+			if well {
 				continue
 			}
 		case <-a.Session().CloseChan():

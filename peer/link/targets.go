@@ -148,19 +148,19 @@ func (m *Mesh) resolver(ctx context.Context) {
 			return
 		case req := <-m.lookups:
 			m.tasks.Go(func() {
-				_, err := resolve(ctx, req.target, m.cfg.Self.Port)
-				req.answer <- err
+				req.answer <- check(ctx, req.target, m.cfg.Self.Port)
 			})
 		}
 	}
 }
 
 // Resolve checks that all targets are well-formed and resolve; the error, of
-// one line, names those that do not. Port is the default one.
+// one line, names those that do not. Port
+// is the default one.
 func Resolve(ctx context.Context, targets []string, port uint16) error {
 	var errs []error
 	for _, t := range targets {
-		if _, err := resolve(ctx, t, port); err != nil {
+		if err := check(ctx, t, port); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -178,13 +178,13 @@ func oneLine(errs []error) error {
 	return errors.New(strings.Join(text, "; "))
 }
 
-// resolve returns the addresses of a target.
-func resolve(ctx context.Context, target string, defaultPort uint16) ([]netip.AddrPort, error) {
+// check says what is wrong with a target.
+func check(ctx context.Context, target string, defaultPort uint16) error {
 	host, port, err := splitTarget(target, defaultPort)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		_, err = resolveHost(ctx, host, port)
 	}
-	return resolveHost(ctx, host, port)
+	return err
 }
 
 func resolveHost(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) {

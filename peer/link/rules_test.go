@@ -1,0 +1,136 @@
+package link
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"weave.local/peer"
+)
+
+// Two live peers with one name: the second is refused by whoever knows the
+// first, and by the first itself.
+func TestNameCollision(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a, b := h.start(1, nil), h.start(2, []peer.Name{1})
+	until(t, "link", 3*time.Second, meshed(1, a, b))
+	twin := h.start(2, []peer.Name{1, 2}, withUID(99), at(addrOf(5)))
+	until(t, "refusals", 3*time.Second, func() bool {
+		n := 0
+		for _, c := range twin.Connections() {
+			if c.State == Failed && strings.Contains(c.Err, "--name") {
+				n++
+			}
+		}
+		return n == 2
+	})
+	if got := a.Neighbours(); len(got) != 1 || got[0].UID != b.Self().UID {
+		t.Errorf("neighbours %+v", got)
+	}
+}
+
+func TestConnLimit(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a := h.start(1, nil, limit(1))
+	b := h.start(2, []peer.Name{1}, noDiscovery)
+	until(t, "link", 3*time.Second, meshed(1, a, b))
+	c := h.start(3, []peer.Name{1}, noDiscovery)
+	until(t, "refusal", 3*time.Second, func() bool {
+		rows := c.Connections()
+		return len(rows) == 1 && strings.Contains(rows[0].Err, "limit of 1 links")
+	})
+}
+
+func TestShortIDsAreMadeUnique(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a := h.start(1, nil, shortID(7))
+	b := h.start(2, []peer.Name{1}, shortID(7))
+	c := h.start(3, []peer.Name{1}, shortID(7))
+	until(t, "unique ids", 5*time.Second, func() bool {
+		return b.Self().ShortID != 7 && c.Self().ShortID != 7 && b.Self().ShortID != c.Self().ShortID
+	})
+	if a.Self().ShortID != 7 {
+		t.Error("the lowest name lost its id")
+	}
+	until(t, "announced", time.Second, func() bool {
+		for _, n := range a.Neighbours() {
+			if n.ShortID == 7 {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func TestTargets(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a := h.start(1, nil)
+	err := a.Connect([]string{"127.0.0.2", "no-such-host.invalid", "127.0.0.3:0", "127.0.0.3"})
+	if err == nil || !strings.Contains(err.Error(), "no-such-host.invalid") || !strings.Contains(err.Error(), "127.0.0.3:0") {
+		t.Errorf("error %v does not name what is wrong", err)
+	}
+	if got := a.Targets(); !slices.Equal(got, []string{"127.0.0.2", "127.0.0.3"}) {
+		t.Errorf("targets %v", got)
+	}
+	a.Forget([]string{"127.0.0.3"})
+	if err := a.ReplaceTargets([]string{"127.0.0.4", "127.0.0.5:99"}); err != nil {
+		t.Error(err)
+	}
+	if got := a.Targets(); !slices.Equal(got, []string{"127.0.0.4", "127.0.0.5:99"}) {
+		t.Errorf("targets %v", got)
+	}
+	b := h.start(2, nil, noDiscovery)
+	if err := a.Connect([]string{"127.0.0.2"}); err != nil {
+		t.Error(err)
+	}
+	until(t, "link", time.Second, meshed(1, a, b))
+}
+
+func TestTakenPort(t *testing.T) {
+	h := newHosts(t)
+	a := h.start(1, nil)
+	_, err := Listen(t.Context(), Config{Self: a.Self(), Bind: a.addr, Log: slog.New(slog.DiscardHandler)})
+	if err == nil || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// After Run nothing is left of a mesh. Not parallel: it counts goroutines.
+func TestNothingIsLeft(t *testing.T) {
+	before := stacks()
+	h := newHosts(t)
+	nodes := h.line(3)
+	c, err := nodes[0].Dial(t.Context(), 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := <-nodes[2].Streams()
+	_, _ = nodes[2].Dial(t.Context(), 1) // never taken
+	_, _ = io.WriteString(c, "x")
+	for _, n := range nodes {
+		n.stop()
+	}
+	if _, err := io.ReadAll(s); err != nil && !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Log("read:", err)
+	}
+	until(t, "goroutines gone:\n"+stacks(), 2*time.Second, func() bool {
+		return strings.Count(stacks(), "goroutine ") <= strings.Count(before, "goroutine ")
+	})
+	if err := nodes[0].Send(3, testKind, nil); !errors.Is(err, ErrNoRoute) {
+		t.Errorf("send after the end: %v", err)
+	}
+	if err := nodes[0].Connect([]string{"localhost"}); err != nil {
+		t.Log(err)
+	}
+	if err := nodes[0].Run(t.Context()); !errors.Is(err, ErrClosed) {
+		t.Errorf("second run: %v", err)
+	}
+}

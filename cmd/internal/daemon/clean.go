@@ -38,23 +38,24 @@ func (d *daemon) fastdpConfig() fastdp.Config {
 func Clean(ctx context.Context, runDir, dataDir string) error {
 	d := &daemon{cfg: Config{RunDir: runDir, DataDir: dataDir, Port: DefaultPort}, log: slog.New(slog.DiscardHandler)}
 	var errs []error
+	made := []string{d.cfg.RunDir, d.cfg.DataDir}
 	if HasState(dataDir) {
-		errs = append(errs, d.cleanAttachments(ctx))
+		db, err := state.Open(d.cfg.data(stateFile), d.log)
+		if err != nil {
+			return err
+		}
+		made = folders(db)
+		errs = append(errs, d.cleanAttachments(ctx, db), db.Close())
 	}
 	errs = append(errs, fastdp.Remove(d.fastdpConfig()))
 	if netdev.Exists(bridgeName) {
 		errs = append(errs, netdev.DeleteLink(bridgeName))
 	}
-	errs = append(errs, d.cleanFiles())
+	errs = append(errs, d.cleanFiles(made))
 	return errors.Join(errs...)
 }
 
-func (d *daemon) cleanAttachments(ctx context.Context) error {
-	db, err := state.Open(d.cfg.data(stateFile), d.log)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = db.Close() }()
+func (d *daemon) cleanAttachments(ctx context.Context, db *state.DB) error {
 	fw, err := firewall.New(firewall.Config{Bridge: bridgeName, Log: d.log})
 	if err != nil {
 		return err
@@ -70,9 +71,9 @@ func (d *daemon) cleanAttachments(ctx context.Context) error {
 	return m.RemoveAll(ctx)
 }
 
-// cleanFiles removes the files that are ours, and the folders if nothing else
-// is in them.
-func (d *daemon) cleanFiles() error {
+// cleanFiles removes the files that are ours, and the folders that were made
+// for them if nothing else is in them.
+func (d *daemon) cleanFiles(made []string) error {
 	var errs []error
 	ours := []string{
 		d.cfg.run(ControlSocket), d.cfg.run(proxySocket), d.cfg.run(lockFile),
@@ -87,8 +88,10 @@ func (d *daemon) cleanFiles() error {
 			errs = append(errs, err)
 		}
 	}
-	for _, dir := range []string{d.cfg.run(pinDir), d.cfg.RunDir, d.cfg.DataDir} {
-		_ = os.Remove(dir) // fails when something else is in it, which stays
+	for _, dir := range append([]string{d.cfg.run(pinDir)}, made...) {
+		if dir != "" {
+			_ = os.Remove(dir) // fails when something else is in it, which stays
+		}
 	}
 	return errors.Join(errs...)
 }

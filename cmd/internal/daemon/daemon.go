@@ -37,6 +37,7 @@ type daemon struct {
 	cfg   Config
 	log   *slog.Logger
 	undo  undo
+	made  []string // folders made by this start
 	store *state.DB
 	self  peer.Info
 	mtu   int
@@ -185,7 +186,7 @@ func (d *daemon) leave(ctx context.Context) ([]string, error) {
 			warnings = append(warnings, fmt.Sprintf("%s: %v", what, err))
 		}
 	}
-	if d.plugin != nil {
+	if d.plugin != nil && d.engineInstalled() {
 		warn("networks of Docker", d.plugin.RemoveNetworks(ctx))
 	}
 	warn("attachments", d.attach.RemoveAll(ctx))
@@ -195,6 +196,13 @@ func (d *daemon) leave(ctx context.Context) ([]string, error) {
 	d.reset = true
 	d.once.Do(d.cancel)
 	return warnings, nil
+}
+
+// engineInstalled says whether there may be networks of ours in an engine: no
+// socket, no engine.
+func (d *daemon) engineInstalled() bool {
+	_, err := os.Stat(d.docker.Socket())
+	return err == nil
 }
 
 // rememberShortID keeps the short id over restarts, so that frames on their

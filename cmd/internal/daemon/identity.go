@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 
 	"weave.local/peer"
@@ -16,6 +17,7 @@ const (
 	targetsBucket  = "targets"
 	nameKey        = "name"
 	shortIDKey     = "short-id"
+	foldersKey     = "folders"
 	listKey        = "list"
 )
 
@@ -86,6 +88,27 @@ func targets(cfg *Config, db *state.DB) ([]string, error) {
 func saveTargets(db *state.DB, list []string) error {
 	if err := db.Bucket(targetsBucket).Put(listKey, []byte(strings.Join(list, "\n"))); err != nil {
 		return fmt.Errorf("remember targets: %w", err)
+	}
+	return nil
+}
+
+// folders are those that this or an earlier run made, parents last; reset
+// removes them and no others.
+func folders(db *state.DB) []string {
+	v, _ := db.Bucket(identityBucket).Get(foldersKey)
+	return strings.Split(string(v), "\n")
+}
+
+func saveFolders(db *state.DB, made []string) error {
+	all := folders(db)
+	for _, p := range made {
+		if !slices.Contains(all, p) {
+			all = append(all, p)
+		}
+	}
+	v := strings.TrimSpace(strings.Join(all, "\n"))
+	if err := db.Bucket(identityBucket).Put(foldersKey, []byte(v)); err != nil {
+		return fmt.Errorf("remember folders: %w", err)
 	}
 	return nil
 }

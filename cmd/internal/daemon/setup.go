@@ -101,15 +101,19 @@ func (d *daemon) openFiles(context.Context) error {
 	}
 	d.store = db
 	d.undo.atEnd(func() { _ = db.Close() })
+	if err := saveFolders(db, d.made); err != nil {
+		return err
+	}
 	d.self, err = identify(&d.cfg, db)
 	return err
 }
 
-// makeDir makes a folder and, should the start fail, removes what it made.
+// makeDir makes a folder, notes what was made and, should the start fail,
+// removes it again.
 func (d *daemon) makeDir(path string) error {
 	var made []string
-	for p := path; ; p = filepath.Dir(p) {
-		if _, err := os.Stat(p); err == nil || p == filepath.Dir(p) {
+	for p := path; p != filepath.Dir(p); p = filepath.Dir(p) {
+		if _, err := os.Stat(p); err == nil {
 			break
 		}
 		made = append(made, p)
@@ -122,6 +126,7 @@ func (d *daemon) makeDir(path string) error {
 			_ = os.Remove(p)
 		}
 	})
+	d.made = append(d.made, made...)
 	return nil
 }
 
@@ -321,6 +326,12 @@ func (d *daemon) openDocker(context.Context) error {
 	})
 	if !d.cfg.Plugin {
 		return nil
+	}
+	if err := d.makeDir(filepath.Dir(d.cfg.PluginSocket)); err != nil {
+		return err
+	}
+	if err := saveFolders(d.store, d.made); err != nil {
+		return err
 	}
 	d.plugin, err = plugin.New(plugin.Config{
 		Socket: d.cfg.PluginSocket, Attach: d.attach, Alloc: d.alloc, Docker: d.docker, Watch: d.watcher,

@@ -61,7 +61,7 @@ func (t *Tap) Send(frame []byte) error {
 }
 
 // ErrNoFrame says that no frame of the wanted kind came in time.
-var ErrNoFrame = errors.New("no such frame came") //nolint:gochecknoglobals // a sentinel
+var ErrNoFrame = errors.New("no such frame came")
 
 // Receive returns the first frame that wanted accepts, of those that arrive or
 // leave within the time, and ErrNoFrame if there is none.

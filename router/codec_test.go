@@ -11,20 +11,20 @@ import (
 func TestEndpointRoundTrip(t *testing.T) {
 	mac := overlay.MAC{2, 0, 0, 0, 0, 9}
 	addrs := []netip.Prefix{netip.MustParsePrefix("10.32.0.1/12"), netip.MustParsePrefix("fd00::1/64")}
-	ep, seq, err := parseEndpoint(string(mac[:]), appendEndpoint(nil, 77, addrs))
+	ep, seq, err := parseEndpoint(string(mac[:]), encodeEndpoint(77, addrs))
 	if err != nil || seq != 77 || ep.MAC != mac || !slices.Equal(ep.Addrs, addrs) {
 		t.Errorf("got %v %d %v", ep, seq, err)
 	}
 }
 
 func FuzzParseEndpoint(f *testing.F) {
-	f.Add("\x02\x00\x00\x00\x00\x09", appendEndpoint(nil, 1, []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}))
+	f.Add("\x02\x00\x00\x00\x00\x09", encodeEndpoint(1, []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}))
 	f.Fuzz(func(t *testing.T, key string, b []byte) {
 		ep, seq, err := parseEndpoint(key, b)
 		if err != nil {
 			return
 		}
-		again, seq2, err := parseEndpoint(key, appendEndpoint(nil, seq, ep.Addrs))
+		again, seq2, err := parseEndpoint(key, encodeEndpoint(seq, ep.Addrs))
 		if err != nil || seq2 != seq || !slices.Equal(again.Addrs, ep.Addrs) {
 			t.Errorf("%x: %v %d, again %v %d %v", b, ep, seq, again, seq2, err)
 		}

@@ -23,11 +23,11 @@ const (
 	maxAddrs        = 64
 )
 
-var errEndpoint = errors.New("malformed endpoint") //nolint:gochecknoglobals // a sentinel
+var errEndpoint = errors.New("malformed endpoint")
 
-func appendEndpoint(b []byte, seq uint64, addrs []netip.Prefix) []byte {
+func encodeEndpoint(seq uint64, addrs []netip.Prefix) []byte {
 	addrs = addrs[:min(len(addrs), maxAddrs)]
-	b = append(b, endpointVersion)
+	b := []byte{endpointVersion}
 	b = binary.BigEndian.AppendUint64(b, seq)
 	b = append(b, byte(len(addrs)))
 	for _, a := range addrs {

@@ -203,7 +203,7 @@ func (r *Router) choose() bool {
 		if best == n.chosen {
 			continue
 		}
-		r.cfg.Log.Info("data path", "peer", n.Info.String(), "was", n.chosen, "now", best, "reason", n.reason(best))
+		r.cfg.Log.Info("data path", "peer", n.Name, "was", n.chosen, "now", best, "reason", n.reason(best))
 		n.chosen, changed = best, true
 	}
 	return changed

@@ -126,7 +126,7 @@ func (r *Router) SetLocal(p overlay.Port) error {
 	if replaced && old.MAC != p.MAC {
 		r.cfg.Table.Delete(string(old.MAC[:]))
 	}
-	r.cfg.Table.Set(string(p.MAC[:]), appendEndpoint(nil, now, p.Addrs))
+	r.cfg.Table.Set(string(p.MAC[:]), encodeEndpoint(now, p.Addrs))
 	return nil
 }
 
@@ -150,7 +150,7 @@ func (r *Router) Publish() {
 	r.mu.Lock()
 	entries := make(map[string][]byte, len(r.local))
 	for _, p := range r.local {
-		entries[string(p.MAC[:])] = appendEndpoint(nil, p.seq, p.Addrs)
+		entries[string(p.MAC[:])] = encodeEndpoint(p.seq, p.Addrs)
 	}
 	r.published = true
 	r.mu.Unlock()

@@ -18,7 +18,7 @@ import (
 )
 
 // ErrNotRunning says that no daemon answers on the control socket.
-var ErrNotRunning = errors.New("weave is not running: start it with 'weave launch'") //nolint:gochecknoglobals // a sentinel
+var ErrNotRunning = errors.New("weave is not running: start it with 'weave launch'")
 
 // maxProblem caps how much of a refusal is read.
 const maxProblem = 64 << 10

@@ -29,7 +29,7 @@ func (s *Server) routerReport() *RouterReport {
 	self := s.cfg.Mesh.Self()
 	nick := make(map[peer.Name]string)
 	for _, rec := range topo.Records() {
-		nick[rec.Info.Name] = rec.Info.NickName
+		nick[rec.Name] = rec.NickName
 	}
 	r := &RouterReport{
 		Protocol:           "weave",
@@ -45,7 +45,7 @@ func (s *Server) routerReport() *RouterReport {
 	}
 	for _, rec := range topo.Records() {
 		r.Peers = append(r.Peers, peerReport(rec, topo, nick))
-		name := rec.Info.Name
+		name := rec.Name
 		if via, ok := topo.NextHop(name); ok {
 			r.UnicastRoutes = append(r.UnicastRoutes, UnicastRoute{Dest: name.String(), Via: via.String()})
 		}
@@ -60,8 +60,8 @@ func (s *Server) routerReport() *RouterReport {
 	for _, ep := range s.cfg.Router.Endpoints() {
 		m := MACReport{Mac: ep.MAC.String()}
 		for _, rec := range topo.Records() {
-			if rec.Info.ShortID == ep.Peer {
-				m.Name, m.NickName = rec.Info.Name.String(), rec.Info.NickName
+			if rec.ShortID == ep.Peer {
+				m.Name, m.NickName = rec.Name.String(), rec.NickName
 			}
 		}
 		for _, a := range ep.Addrs {
@@ -80,13 +80,13 @@ func (s *Server) routerReport() *RouterReport {
 
 func peerReport(rec peer.Record, topo peer.Snapshot, nick map[peer.Name]string) PeerReport {
 	p := PeerReport{
-		Name: rec.Info.Name.String(), NickName: rec.Info.NickName,
-		UID: uint64(rec.Info.UID), ShortID: uint16(rec.Info.ShortID), Version: rec.Seq,
+		Name: rec.Name.String(), NickName: rec.NickName,
+		UID: uint64(rec.UID), ShortID: uint16(rec.ShortID), Version: rec.Seq,
 	}
 	for _, a := range rec.Neighbours {
 		p.Connections = append(p.Connections, PeerConnection{
 			Name: a.Name.String(), NickName: nick[a.Name], Address: a.Addr.String(),
-			Outbound: a.Outbound, Established: topo.Connected(rec.Info.Name, a.Name),
+			Outbound: a.Outbound, Established: topo.Connected(rec.Name, a.Name),
 		})
 	}
 	return p

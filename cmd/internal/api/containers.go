@@ -60,7 +60,7 @@ func (s *Server) containerID(ctx context.Context, name string) string {
 
 // attachments lists what is attached, container by container: several
 // endpoints of one container make one line.
-func (s *Server) attachments(ctx context.Context) ([]Attachment, error) {
+func (s *Server) attachments(ctx context.Context) []Attachment {
 	owner := s.endpointOwners(ctx)
 	var out []Attachment
 	at := make(map[string]int)
@@ -79,7 +79,7 @@ func (s *Server) attachments(ctx context.Context) ([]Attachment, error) {
 			out[i].CIDRs = append(out[i].CIDRs, p.String())
 		}
 	}
-	return out, nil
+	return out
 }
 
 // endpointOwners tells which container each endpoint of Docker belongs to.

@@ -29,7 +29,7 @@ import (
 )
 
 // ErrAlreadyRunning says that another daemon uses the run folder.
-var ErrAlreadyRunning = errors.New("already running") //nolint:gochecknoglobals // a sentinel
+var ErrAlreadyRunning = errors.New("already running")
 
 // daemon holds the parts of a running router. Those that are switched off are
 // nil: alloc, docker, plugin, proxy.

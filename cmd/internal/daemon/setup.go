@@ -240,8 +240,8 @@ func (d *daemon) reachable() []peer.Name {
 
 func (d *daemon) nick(name peer.Name) string {
 	for _, r := range d.mesh.Topology().Records() {
-		if r.Info.Name == name {
-			return r.Info.NickName
+		if r.Name == name {
+			return r.NickName
 		}
 	}
 	return ""

@@ -32,7 +32,9 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	}
-	<-done
+	if err := <-done; err != nil {
+		return errors.Join(err, srv.Close())
+	}
 	return nil
 }
 

@@ -32,7 +32,7 @@ func TestBroadcastsWhileLinksChange(t *testing.T) {
 			nodes[rand.N(5)].breakLink()
 		}
 	}
-	until(t, "mesh again", 20*time.Second, meshed(4, nodes...))
+	until(t, "mesh again", 20*time.Second, func() bool { return meshed(4, nodes...)() && agreed(nodes) })
 	for range 50 {
 		nodes[0].Broadcast(testKind, fmt.Append(nil, "quiet", sent))
 		sent++
@@ -63,6 +63,21 @@ func TestBroadcastsWhileLinksChange(t *testing.T) {
 		}
 		t.Logf("%v got %d of %d", n.Self(), all, sent)
 	}
+}
+
+// agreed says whether all peers know that everybody is linked to everybody.
+func agreed(nodes []*node) bool {
+	for _, n := range nodes {
+		s := n.Topology()
+		for _, a := range nodes {
+			for _, b := range nodes {
+				if a != b && !s.Connected(a.Self().Name, b.Self().Name) {
+					return false
+				}
+			}
+		}
+	}
+	return true
 }
 
 func (n *node) breakLink() {
@@ -140,4 +155,34 @@ func TestChangesAreTold(t *testing.T) {
 			t.Fatal("a neighbour went without a word")
 		}
 	}
+}
+
+// 1 - 2 - 3: a broadcast of 1 is accepted at 2 from 1 only, and once.
+func TestBroadcastOffItsTreeIsRefused(t *testing.T) {
+	t.Parallel()
+	b := newHosts(t).line(3)[1]
+	c := broadcast{ttl: maxTTL, src: 1, seq: 1 << 63, kind: testKind}
+	for i, step := range []struct {
+		from, src peer.Name
+		accept    bool
+	}{{3, 1, false}, {1, 1, true}, {1, 1, false}, {1, 2, false}, {3, 3, true}, {1, 99, false}} {
+		c.src = step.src
+		if got := b.acceptBroadcast(b.hop(step.from), c); got != step.accept {
+			t.Errorf("step %d: of %d from %d: accepted %v", i, step.src, step.from, got)
+		}
+	}
+}
+
+// Messages do not go back to where they came from, nor on for ever.
+func TestDatagramsDoNotCircle(t *testing.T) {
+	t.Parallel()
+	nodes := newHosts(t).line(3)
+	b := nodes[1]
+	b.handleDatagram(b.hop(3), datagram{ttl: 5, dst: 3, src: 1, kind: testKind})
+	b.handleDatagram(b.hop(1), datagram{ttl: 1, dst: 3, src: 1, kind: testKind})
+	if n := b.Counters(); n["messages_relayed"] != 0 || n["messages_without_route"] != 1 || n["messages_over_hop_limit"] != 1 {
+		t.Errorf("counters %v", n)
+	}
+	b.handleDatagram(b.hop(1), datagram{ttl: 2, dst: 3, src: 1, kind: testKind, payload: []byte("x")})
+	until(t, "message", time.Second, func() bool { return slices.Equal(nodes[2].messages(), []string{"1 x"}) })
 }

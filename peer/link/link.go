@@ -65,6 +65,9 @@ func (l *link) stop(reason error) {
 	l.once.Do(func() {
 		l.reason = reason
 		close(l.done)
+		if l.mux.Load() == nil { // open waits for the other end
+			_ = l.conn.Close()
+		}
 	})
 }
 
@@ -86,6 +89,7 @@ func (l *link) ended() bool {
 // serve runs a registered link until it is stopped or breaks, takes it out of
 // the mesh and closes its connection. When ctx ends the other end is told.
 func (l *link) serve(ctx context.Context, m *Mesh) error {
+	defer context.AfterFunc(ctx, func() { l.stop(errors.New("it stops")) })()
 	mux, control, err := l.open(m.log)
 	if err != nil {
 		l.stop(err)
@@ -102,11 +106,7 @@ func (l *link) serve(ctx context.Context, m *Mesh) error {
 		defer close(flushed)
 		l.stop(l.transmit(control))
 	})
-	select {
-	case <-ctx.Done():
-		l.stop(errors.New("it stops"))
-	case <-l.done:
-	}
+	<-l.done
 	m.unregister(l)
 	l.queue.end(frame(typeBye, []byte(l.reason.Error())))
 	timer := time.NewTimer(byeWait)

@@ -227,7 +227,7 @@ func TestRestart(t *testing.T) {
 	a, b := h.start(1, nil), h.start(2, []peer.Name{1})
 	until(t, "link", 3*time.Second, meshed(1, a, b))
 	b.stop()
-	until(t, "loss", 300*time.Millisecond, func() bool { return len(a.Neighbours()) == 0 })
+	until(t, "loss", time.Second, func() bool { return len(a.Neighbours()) == 0 })
 	again := h.start(2, []peer.Name{1}, withUID(4711))
 	until(t, "link again", 2*time.Second, meshed(1, a, again))
 	if got := a.Neighbours()[0].UID; got != 4711 {
@@ -273,10 +273,10 @@ func TestSilentCutIsNoticed(t *testing.T) {
 		t.Fatalf("an idle link was dropped")
 	}
 	close(cable.cut)
-	took := until(t, "both ends drop the link", deadAfter+2*tickEvery, func() bool {
+	took := until(t, "both ends drop the link", deadAfter+500*time.Millisecond, func() bool {
 		return len(a.Neighbours()) == 0 && len(b.Neighbours()) == 1
 	})
-	until(t, "routes", 300*time.Millisecond, func() bool { return len(c.Topology().Reachable()) == 1 })
+	until(t, "routes", time.Second, func() bool { return len(c.Topology().Reachable()) == 1 })
 	t.Logf("noticed after %v", took)
 	if err := a.Send(3, testKind, nil); !errors.Is(err, ErrNoRoute) {
 		t.Errorf("send over a dead link: %v", err)

@@ -4,6 +4,9 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"math/rand/v2"
+	"net"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -132,5 +135,61 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 	if err := nodes[0].Run(t.Context()); !errors.Is(err, ErrClosed) {
 		t.Errorf("second run: %v", err)
+	}
+}
+
+// stranger shakes hands with n by itself. Its welcome stands for what it
+// thinks of the link.
+func stranger(t *testing.T, n *node, self peer.Info) (net.Conn, *handshake, error) {
+	t.Helper()
+	c, err := net.Dial("tcp", netip.AddrPortFrom(n.addr, n.Self().Port).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = c.Close() })
+	_ = c.SetDeadline(time.Now().Add(handshakeWait))
+	h, err := greet(c, self, rand.Uint64(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, h, conclude(c, h, func() *refusal { return nil })
+}
+
+// Of two links that one peer opens, the chair keeps the first.
+func TestChairKeepsTheFirstLink(t *testing.T) {
+	t.Parallel()
+	a := newHosts(t).start(1, nil, withUID(10))
+	self := peer.Info{Name: 2, UID: 20, ShortID: 3, Port: 1}
+	_, first, err := stranger(t, a, self)
+	if err != nil || first.chair {
+		t.Fatalf("%+v %v", first, err)
+	}
+	_, _, err = stranger(t, a, self)
+	if r := (*refusal)(nil); !errors.As(err, &r) || r.code != refuseDuplicate || !r.remote {
+		t.Fatalf("second link: %v", err)
+	}
+	if got := sessionOf(a, 2); got != first.session {
+		t.Errorf("session %x, want that of the first link, %x", got, first.session)
+	}
+}
+
+// The other end takes the chair's word: it gives up the link that the chair no
+// longer has.
+func TestChairReplacesALink(t *testing.T) {
+	t.Parallel()
+	a := newHosts(t).start(1, nil, withUID(10))
+	self := peer.Info{Name: 2, UID: 5, ShortID: 3, Port: 1}
+	old, first, err := stranger(t, a, self)
+	if err != nil || !first.chair {
+		t.Fatalf("%+v %v", first, err)
+	}
+	until(t, "first link", time.Second, func() bool { return sessionOf(a, 2) == first.session })
+	_, second, err := stranger(t, a, self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	until(t, "second link", time.Second, func() bool { return sessionOf(a, 2) == second.session })
+	if _, err := io.Copy(io.Discard, old); err != nil {
+		t.Errorf("the old connection is not closed: %v", err)
 	}
 }

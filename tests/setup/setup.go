@@ -1,0 +1,127 @@
+// Package setup prepares a machine for the programs under tests: it installs
+// the packages they need, by the list in the file packages beside it, and
+// builds the binary under test.
+package setup
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+//go:embed packages
+var list string
+
+type tool struct {
+	command, pkg string
+	users        []string
+}
+
+// tools parses the list.
+func tools(text string) ([]tool, error) {
+	var out []tool
+	for line := range strings.Lines(text) {
+		line, _, _ = strings.Cut(line, "#")
+		f := strings.Fields(line)
+		if len(f) == 0 {
+			continue
+		}
+		if len(f) < 3 {
+			return nil, fmt.Errorf("packages: %q: want a command, a package and who needs it", strings.TrimSpace(line))
+		}
+		out = append(out, tool{f[0], f[1], f[2:]})
+	}
+	return out, nil
+}
+
+// Missing lists the packages that user (tests, bench or demo) needs and whose
+// commands are not there.
+func Missing(user string) ([]string, error) {
+	ts, err := tools(list)
+	if err != nil {
+		return nil, err
+	}
+	return missing(ts, user, func(command string) bool {
+		_, err := exec.LookPath(command)
+		return err == nil
+	}), nil
+}
+
+func missing(ts []tool, user string, there func(command string) bool) []string {
+	var out []string
+	for _, t := range ts {
+		needed := slices.Contains(t.users, "*") || slices.Contains(t.users, user)
+		if needed && !there(t.command) && !slices.Contains(out, t.pkg) {
+			out = append(out, t.pkg)
+		}
+	}
+	return out
+}
+
+// Install installs with apt-get what user needs and is not there yet, and
+// tells on log what it does. It returns an error that names the packages where
+// there is no apt-get, or no root.
+func Install(ctx context.Context, user string, log io.Writer) error {
+	pkgs, err := Missing(user)
+	if err != nil || len(pkgs) == 0 {
+		return err
+	}
+	names := strings.Join(pkgs, " ")
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("%s must be installed, which needs root", names)
+	}
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		return fmt.Errorf("there is no apt-get on this system: install %s by its own means", names)
+	}
+	if err := aptGet(ctx, log, "update", "-qq"); err != nil {
+		return err
+	}
+	if slices.Contains(pkgs, "docker.io") && exec.CommandContext(ctx, "apt-cache", "show", "docker-cli").Run() == nil {
+		pkgs = append(pkgs, "docker-cli") // newer distributions have the command apart
+	}
+	if err := aptGet(ctx, log, append([]string{"install", "-qq", "-y", "--no-install-recommends"}, pkgs...)...); err != nil {
+		return err
+	}
+	if pkgs, err = Missing(user); err == nil && len(pkgs) > 0 {
+		err = fmt.Errorf("apt-get installed %s, and still their commands are not found", strings.Join(pkgs, " "))
+	}
+	return err
+}
+
+func aptGet(ctx context.Context, log io.Writer, args ...string) error {
+	fmt.Fprintln(log, "# apt-get", strings.Join(args, " "))
+	cmd := exec.CommandContext(ctx, "apt-get", args...)
+	cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("apt-get %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// Build builds the binary from the source this program was started in, as it
+// is meant to be built, into dir, and returns its path.
+func Build(ctx context.Context, dir string) (string, error) {
+	root, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, exit.Stderr)
+		}
+		return "", fmt.Errorf("find the source: %w", err)
+	}
+	path := filepath.Join(dir, "weave")
+	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", path, "./cmd/weave")
+	cmd.Dir = strings.TrimSpace(string(root))
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go build ./cmd/weave: %w: %s", err, strings.TrimSpace(string(out)))
+	}
+	return path, nil
+}

@@ -168,7 +168,11 @@ func respond(w http.ResponseWriter, resp *http.Response, answer []byte) {
 func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (*http.Response, []byte, error) {
 	out := r.Clone(ctx)
 	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "docker", ""
-	out.Body, out.ContentLength, out.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
+	// An empty body must be none: a chunked one of no bytes counts as a body.
+	out.Body, out.ContentLength, out.TransferEncoding = http.NoBody, int64(len(body)), nil
+	if len(body) > 0 {
+		out.Body = io.NopCloser(bytes.NewReader(body))
+	}
 	out.Header.Del("Connection")
 	out.Header.Del("Content-Length")
 	if _, ok := out.Header["User-Agent"]; !ok {

@@ -109,7 +109,7 @@ func (r *replica) since(h head) (set, bool) {
 		s.complete = true
 	}
 	for id, it := range r.items {
-		if it.seq > s.base && !(s.complete && it.deleted) {
+		if it.seq > s.base && (!s.complete || !it.deleted) {
 			s.items = append(s.items, change{id, it})
 		}
 	}

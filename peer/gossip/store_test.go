@@ -65,7 +65,7 @@ func delta(t *testing.T, s *store) set {
 // pullFrom makes to equal to from, as far as from knows.
 func pullFrom(t *testing.T, to, from *store) (ahead bool) {
 	t.Helper()
-	q, err := parseRequest(appendRequest(nil, request{heads: to.heads()}))
+	q, err := parseRequest(encodeRequest(request{heads: to.heads()}))
 	if err != nil {
 		t.Fatal(err)
 	}

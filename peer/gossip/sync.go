@@ -140,7 +140,7 @@ func (g *Gossip) pull(ctx context.Context, from peer.Name, answer bool) error {
 	if _, err := conn.Write([]byte{streamPull}); err != nil {
 		return err
 	}
-	if err := writeFrame(conn, frameRequest, appendRequest(nil, q)); err != nil {
+	if err := writeFrame(conn, frameRequest, encodeRequest(q)); err != nil {
 		return err
 	}
 	var parts assembler

@@ -50,14 +50,13 @@ func (t *transport) open(ctx context.Context) {
 		if err != nil {
 			return nil, err
 		}
-		if err := conn.SetDeadline(time.Now().Add(timeout)); err == nil {
-			_, err = conn.Write([]byte{streamMembers})
-		}
-		if err != nil {
+		_ = conn.SetWriteDeadline(time.Now().Add(timeout)) // fails on a closed one, as Write will
+		if _, err := conn.Write([]byte{streamMembers}); err != nil {
 			_ = conn.Close()
 			return nil, err
 		}
-		return conn, conn.SetDeadline(time.Time{})
+		_ = conn.SetWriteDeadline(time.Time{})
+		return conn, nil
 	})
 	t.dial.Store(&f)
 }
@@ -149,6 +148,6 @@ func (w logWriter) Write(b []byte) (int, error) {
 	if _, rest, ok := strings.Cut(text, "memberlist: "); ok {
 		text = rest
 	}
-	w.g.log.Debug("memberlist: " + text)
+	w.g.log.Debug("memberlist", "says", text)
 	return len(b), nil
 }

@@ -49,7 +49,7 @@ const (
 	maxFrame   = 16 << 20 // bytes
 )
 
-var errWire = errors.New("malformed") //nolint:gochecknoglobals // a sentinel
+var errWire = errors.New("malformed")
 
 // ident names an entry among all that one origin owns.
 type ident struct{ table, key string }
@@ -224,10 +224,10 @@ type request struct {
 	states map[string]uint64 // digests
 }
 
-func appendRequest(b []byte, q request) []byte {
-	b = append(b, wireVersion, 0)
+func encodeRequest(q request) []byte {
+	b := []byte{wireVersion, 0}
 	if q.answer {
-		b[len(b)-1] |= flagAnswer
+		b[1] |= flagAnswer
 	}
 	b = binary.BigEndian.AppendUint64(b, q.root)
 	b = binary.AppendUvarint(b, uint64(len(q.heads)))

@@ -73,7 +73,7 @@ func TestRequestAndPushOnTheWire(t *testing.T) {
 		heads:  map[peer.Name]head{1: {5, 6}, 2: {1 << 40, 1 << 50}},
 		states: map[string]uint64{"ipam": 1 << 60},
 	}
-	got, err := parseRequest(appendRequest(nil, q))
+	got, err := parseRequest(encodeRequest(q))
 	if err != nil || !reflect.DeepEqual(got, q) {
 		t.Errorf("got %+v, %v, want %+v", got, err, q)
 	}
@@ -163,13 +163,13 @@ func FuzzParseSet(f *testing.F) {
 }
 
 func FuzzParseRequest(f *testing.F) {
-	f.Add(appendRequest(nil, request{root: 1, heads: map[peer.Name]head{1: {5, 6}}, states: map[string]uint64{"a": 1}}))
+	f.Add(encodeRequest(request{root: 1, heads: map[peer.Name]head{1: {5, 6}}, states: map[string]uint64{"a": 1}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		q, err := parseRequest(b)
 		if err != nil {
 			return
 		}
-		if again, err := parseRequest(appendRequest(nil, q)); err != nil || !reflect.DeepEqual(again, q) {
+		if again, err := parseRequest(encodeRequest(q)); err != nil || !reflect.DeepEqual(again, q) {
 			t.Fatalf("%+v became %+v, %v", q, again, err)
 		}
 	})

@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"weave.local/peer"
@@ -19,68 +18,21 @@ const vxlanPrefix = "vxlan-"
 
 func vxlanName(port int) string { return vxlanPrefix + strconv.Itoa(port) }
 
-// ensureVXLAN makes the VXLAN device for a UDP port, or adopts it. A new one
-// is down.
+// ensureVXLAN makes our VXLAN device, or adopts it. A new one is down.
 func ensureVXLAN(port, mtu int) (index int, created bool, err error) {
 	name := vxlanName(port)
-	l, err := netlink.LinkByName(name)
-	var missing netlink.LinkNotFoundError
-	switch {
-	case err == nil && isOurVXLAN(l, port):
-	case err == nil:
-		return 0, false, fmt.Errorf("device %s is not a VXLAN device of ours: remove it and try again", name)
-	case errors.As(err, &missing):
-		if l, err = createVXLAN(name, port); err != nil {
-			return 0, false, err
-		}
-		created = true
-	default:
-		return 0, false, fmt.Errorf("device %s: %w", name, err)
-	}
-	index = l.Attrs().Index
-	if l.Attrs().MTU != mtu {
-		if err := netlink.LinkSetMTU(l, mtu); err != nil {
-			err = fmt.Errorf("MTU %d of %s: %w", mtu, name, err)
-			if created {
-				err = errors.Join(err, netdev.DeleteLink(name))
-			}
-			return 0, false, err
-		}
-	}
-	return index, created, nil
-}
-
-func isOurVXLAN(l netlink.Link, port int) bool {
-	v, ok := l.(*netlink.Vxlan)
-	return ok && v.FlowBased && v.Port == port
-}
-
-func createVXLAN(name string, port int) (netlink.Link, error) {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = name
-	err := netlink.LinkAdd(&netlink.Vxlan{
-		LinkAttrs: attrs,
-		FlowBased: true, // the programs give each frame its tunnel key
-		Port:      port,
-		// We send without UDP checksum, so that the kernel need not
-		// touch the payload; over IPv6 the receiver must agree (RFC 6935).
-		UDP6ZeroCSumRx: true,
-	})
-	if errors.Is(err, unix.EEXIST) {
-		return nil, fmt.Errorf("UDP port %d: another VXLAN device uses it already", port)
-	}
+	created, err = makeVXLAN(name, port, mtu)
 	if err != nil {
-		return nil, fmt.Errorf("create %s: %w", name, err)
-	}
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return nil, fmt.Errorf("device %s: %w", name, err)
+		return 0, false, err
 	}
 	// A port of a bridge has no business of its own on the network.
-	if err := netdev.SetSysctl("ipv6/conf/"+name+"/disable_ipv6", "1"); err != nil {
-		return nil, errors.Join(err, netdev.DeleteLink(name))
+	err = netdev.SetSysctl("ipv6/conf/"+name+"/disable_ipv6", "1")
+	dev, err2 := netdev.DeviceByName(name)
+	err = errors.Join(err, err2)
+	if err != nil && created {
+		err = errors.Join(err, netdev.DeleteLink(name))
 	}
-	return l, nil
+	return dev.Index, created, err
 }
 
 // joinBridge sets the VXLAN device up and makes it a port of the bridge.
@@ -144,36 +96,16 @@ func (d *DataPath) MTU(to peer.ShortID) int {
 	if !ok || !usable(n.Remote) {
 		return 0
 	}
-	mtu, err := routeMTU(n.Remote, n.Local)
+	local := n.Local
+	if !usable(local) {
+		local = netip.Addr{}
+	}
+	mtu, err := routeMTU(n.Remote, local)
 	if err != nil {
 		d.log.Debug("no MTU", "neighbour", n.Name, "error", err)
 		return 0
 	}
 	return mtu - overhead(n.Remote)
-}
-
-// routeMTU is the MTU of the route, where it has one of its own, or of the
-// device.
-func routeMTU(remote, local netip.Addr) (int, error) {
-	opts := &netlink.RouteGetOptions{}
-	if usable(local) {
-		opts.SrcAddr = local.Unmap().AsSlice()
-	}
-	routes, err := netlink.RouteGetWithOptions(remote.Unmap().AsSlice(), opts)
-	if err != nil {
-		return 0, fmt.Errorf("route to %s: %w", remote, err)
-	}
-	for _, r := range routes {
-		if r.MTU > 0 {
-			return r.MTU, nil
-		}
-		l, err := netlink.LinkByIndex(r.LinkIndex)
-		if err != nil {
-			return 0, fmt.Errorf("device of the route to %s: %w", remote, err)
-		}
-		return l.Attrs().MTU, nil
-	}
-	return 0, fmt.Errorf("route to %s: none", remote)
 }
 
 // pinDirMode keeps pins to root.

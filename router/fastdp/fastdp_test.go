@@ -246,15 +246,41 @@ func (i inside) MTU(to peer.ShortID) (mtu int) {
 }
 
 func TestConformance(t *testing.T) {
-	for name, mtu := range map[string]int{"Ethernet": 1500, "Jumbo": 9000} {
+	for name, c := range map[string]struct {
+		ipv6 bool
+		mtu  int
+		add  int
+	}{"Ethernet": {false, 1500, overhead4}, "JumboIPv6": {true, 9000, overhead6}} {
 		t.Run(name, func(t *testing.T) {
 			overlaytest.Run(t, func(t *testing.T) overlaytest.Pair {
-				l := newLine(t, mtu)
+				l := newLineOver(t, c.ipv6, c.mtu)
 				end := func(i int) overlaytest.End {
 					return overlaytest.End{Path: inside{l[i].dp, l[i].space}, Probes: l[i].probes, Forwarding: l.forwarding(i, nil)}
 				}
-				return overlaytest.Pair{A: end(0), B: end(1), MTU: mtu - overhead4}
+				return overlaytest.Pair{A: end(0), B: end(1), MTU: c.mtu - c.add}
 			})
 		})
+	}
+}
+
+// The underlay may be IPv6: relaying, flooding and path MTU are the same.
+func TestIPv6Underlay(t *testing.T) {
+	l := newLineOver(t, true, 1500, 1400)
+	a1, c1 := l[0].container("10.32.0.1/24"), l[2].container("10.32.0.3/24")
+	a1.echo()
+	c1.echo()
+	l.apply(nil)
+	if !a1.reaches(c1.addr(), 1300) {
+		t.Error("1300 bytes do not come back")
+	}
+	if mtu := a1.pathMTU(c1.addr(), 1400); mtu != 1330 {
+		t.Errorf("a1 learnt MTU %d, want 1330", mtu)
+	}
+	// Unlike IPv4, IPv6 does not fragment outside, so both ends must know.
+	if mtu := c1.pathMTU(a1.addr(), 1400); mtu != 1330 {
+		t.Errorf("c1 learnt MTU %d, want 1330", mtu)
+	}
+	if !a1.reaches(c1.addr(), 9000) {
+		t.Error("9000 bytes do not come back")
 	}
 }

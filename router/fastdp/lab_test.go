@@ -133,9 +133,15 @@ type host struct {
 	dp         *DataPath
 	probes     *overlaytest.Recorder
 	containers []*container
+	ipv6       bool // is the underlay
 }
 
-func (h *host) addr() netip.Addr { return netip.AddrFrom4([4]byte{192, 0, 2, byte(h.id)}) }
+func (h *host) addr() netip.Addr {
+	if h.ipv6 {
+		return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 15: byte(h.id)})
+	}
+	return netip.AddrFrom4([4]byte{192, 0, 2, byte(h.id)})
+}
 
 func (h *host) mac() overlay.MAC { return overlay.MAC{0x02, 0xff, 0, 0, 0, byte(h.id)} }
 
@@ -185,6 +191,11 @@ func join(a, b *host, mtu int) {
 	for _, end := range [][2]*host{{a, b}, {b, a}} {
 		own, other := end[0], end[1]
 		own.ip(fmt.Sprintf("link set %s up", name(other)))
+		if a.ipv6 {
+			own.ip(fmt.Sprintf("addr add %s/128 dev %s nodad", own.addr(), name(other)))
+			own.ip(fmt.Sprintf("route add %s/128 dev %s", other.addr(), name(other)))
+			continue
+		}
 		own.ip(fmt.Sprintf("addr add %s/32 peer %s dev %s", own.addr(), other.addr(), name(other)))
 	}
 }
@@ -234,9 +245,17 @@ type line []*host
 
 func newLine(t *testing.T, mtus ...int) line {
 	t.Helper()
+	return newLineOver(t, false, mtus...)
+}
+
+// newLineOver has an underlay of IPv6 or of IPv4.
+func newLineOver(t *testing.T, ipv6 bool, mtus ...int) line {
+	t.Helper()
 	l := line{started(t, 1)}
+	l[0].ipv6 = ipv6
 	for i, mtu := range mtus {
 		l = append(l, started(t, peer.ShortID(i+2)))
+		l[i+1].ipv6 = ipv6
 		join(l[i], l[i+1], mtu)
 	}
 	return l

@@ -132,16 +132,14 @@ func (s *State) operate(from peer.Name, op Op) {
 	switch op.Kind {
 	case OpGrant:
 		if block, ok := share(s.Pool(), op.Subnet, max(op.Peers, uint64(len(s.Members)))); ok {
-			s.assign(block, from)
+			s.grant(block, from)
 		}
 	case OpBlock:
 		if block, ok := around(s.Pool(), op.Range.First); ok {
-			s.assign(block, from)
+			s.grant(block, from)
 		}
 	case OpRelease:
-		for _, part := range s.Owned(from).In(op.Range) {
-			s.assign(part, op.To)
-		}
+		s.transfer(from, op.Range, op.To)
 	case OpRemove:
 		if op.To != from {
 			s.remove(op.To, from)
@@ -203,35 +201,43 @@ func around(pool *space.Set, a netip.Addr) (space.Range, bool) {
 	return space.Range{}, false
 }
 
-// assign makes every address of r owner's; nobody's when owner is no member.
-func (s *State) assign(r space.Range, owner peer.Name) {
-	var out []Grant
-	for _, g := range s.Grants {
-		if g.First.Less(r.First) {
-			left := g
-			if !g.Last.Less(r.First) {
-				left.Last = r.First.Prev()
-			}
-			out = append(out, left)
-		}
-		if r.Last.Less(g.Last) {
-			right := g
-			if !r.Last.Less(g.First) {
-				right.First = r.Last.Next()
-			}
-			out = append(out, right)
-		}
+// grant gives r, which is the pool's, to a member.
+func (s *State) grant(r space.Range, to peer.Name) {
+	m, ok := s.Member(to)
+	if !ok {
+		return
 	}
-	if m, ok := s.Member(owner); ok {
-		out = append(out, Grant{r, owner, m.Epoch})
-		slices.SortFunc(out, func(a, b Grant) int { return a.First.Compare(b.First) })
+	at, _ := slices.BinarySearchFunc(s.Grants, r.First, func(g Grant, a netip.Addr) int { return g.First.Compare(a) })
+	s.Grants = melt(slices.Insert(s.Grants, at, Grant{r, to, m.Epoch}))
+}
+
+// transfer gives what from owns within r to another member; to the pool when
+// to is none.
+func (s *State) transfer(from peer.Name, r space.Range, to peer.Name) {
+	heir, ok := s.Member(to)
+	out := make([]Grant, 0, len(s.Grants)+2)
+	for _, g := range s.Grants {
+		part, overlap := g.Intersect(r)
+		if g.Owner != from || !overlap {
+			out = append(out, g)
+			continue
+		}
+		if g.First.Less(part.First) {
+			out = append(out, Grant{space.Range{First: g.First, Last: part.First.Prev()}, from, g.Epoch})
+		}
+		if ok {
+			out = append(out, Grant{part, to, heir.Epoch})
+		}
+		if part.Last.Less(g.Last) {
+			out = append(out, Grant{space.Range{First: part.Last.Next(), Last: g.Last}, from, g.Epoch})
+		}
 	}
 	s.Grants = melt(out)
 }
 
-// melt joins neighbouring grants of one owner into one.
+// melt joins neighbouring grants of one owner into one, in place.
 func melt(sorted []Grant) []Grant {
-	var out []Grant
+	out := sorted[:0]
 	for _, g := range sorted {
 		if n := len(out); n > 0 && out[n-1].Owner == g.Owner && out[n-1].Last.Next() == g.First {
 			out[n-1].Last = g.Last
@@ -248,9 +254,7 @@ func (s *State) remove(name, heir peer.Name) {
 	if !ok {
 		return
 	}
-	for _, r := range slices.Clone(s.Owned(name).Ranges()) {
-		s.assign(r, heir)
-	}
+	s.transfer(name, space.FromPrefix(s.Range), heir)
 	s.Members = slices.Delete(s.Members, i, i+1)
 }
 
@@ -318,7 +322,7 @@ func Computed(id Cluster, rng netip.Prefix, names []peer.Name) *State {
 	limit := uint64(1) << (bits.Len64(max(1, all.Size()/(2*uint64(max(1, len(s.Members)))))) - 1)
 	for _, m := range s.Members {
 		if block, ok := s.Pool().Chunk(all, limit); ok {
-			s.assign(block, m.Name)
+			s.grant(block, m.Name)
 		}
 	}
 	return s

@@ -109,10 +109,18 @@ func (s *State) Owned(name peer.Name) *space.Set {
 // Pool are the addresses granted to nobody.
 func (s *State) Pool() *space.Set {
 	var out space.Set
-	out.Add(space.FromPrefix(s.Range))
+	all := space.FromPrefix(s.Range)
+	next := all.First // of what no grant so far holds
 	for _, g := range s.Grants {
-		out.Remove(g.Range)
+		if next.Less(g.First) {
+			out.Add(space.Range{First: next, Last: g.First.Prev()})
+		}
+		if g.Last == all.Last {
+			return &out
+		}
+		next = g.Last.Next()
 	}
+	out.Add(space.Range{First: next, Last: all.Last})
 	return &out
 }
 

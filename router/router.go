@@ -58,6 +58,7 @@ type Router struct {
 	local      map[int]localPort
 	published  bool
 	plan       *plan
+	memory     memory
 	badEntries map[string]bool // endpoint entries already complained about
 }
 
@@ -87,6 +88,7 @@ func New(cfg Config) *Router {
 		byShortID:  make(map[peer.ShortID]peer.Name),
 		local:      make(map[int]localPort),
 		plan:       newPlan(),
+		memory:     make(memory),
 		badEntries: make(map[string]bool),
 	}
 	cfg.Mesh.Handle(MessageKind, r.receive)
@@ -161,6 +163,7 @@ func (r *Router) Publish() {
 func (r *Router) Forget(name peer.Name) {
 	r.mu.Lock()
 	r.plan.forget(name)
+	delete(r.memory, name)
 	r.mu.Unlock()
 	r.nudge()
 }
@@ -298,7 +301,7 @@ func (r *Router) forwarding() overlay.Forwarding {
 		}
 	}
 	f := r.plan.step(v)
-	f.Endpoints = r.remoteLocked(entries, self.Name)
+	f.Endpoints = r.remoteLocked(r.memory.recall(entries, topo.Reaches, time.Now()), self.Name)
 	return f
 }
 

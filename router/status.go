@@ -1,6 +1,8 @@
 package router
 
 import (
+	"time"
+
 	"weave.local/peer"
 	"weave.local/router/overlay"
 )
@@ -45,10 +47,11 @@ func (r *Router) Ports() []overlay.Port {
 // forwarded to.
 func (r *Router) Endpoints() []overlay.Endpoint {
 	entries := r.cfg.Table.All()
+	topo := r.cfg.Mesh.Topology()
 	self := r.cfg.Mesh.Self().Name
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.remoteLocked(entries, self)
+	return r.remoteLocked(r.memory.recall(entries, topo.Reaches, time.Now()), self)
 }
 
 // Counters returns the counters of the data path that owns the ports.

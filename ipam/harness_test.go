@@ -24,7 +24,7 @@ import (
 // simulated time. Every peer has a real state file.
 type world struct {
 	t      *testing.T
-	ctx    context.Context //nolint:containedctx // of the bubble: t's own is canceled outside of it
+	ctx    context.Context //nolint:containedctx // of all peers and calls, ended by end
 	cancel context.CancelFunc
 	dir    string
 	peers  []*host
@@ -52,6 +52,7 @@ type host struct {
 	done  chan struct{}
 	fuse  int // crash when this many more hooks were passed; 0: never
 	alive bool
+	sent  int                   // messages
 	last  map[netip.Addr]string // what the file held when it went down
 	owned *space.Set            // and what it could hand out
 }
@@ -59,7 +60,7 @@ type host struct {
 const testRange = "10.32.0.0/16"
 
 func newWorld(t *testing.T, dir string, seed uint64) *world {
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(t.Context())
 	return &world{
 		t: t, ctx: ctx, cancel: cancel, dir: dir, rand: rand.New(rand.NewPCG(seed, 1)), delay: 5 * time.Millisecond,
 		epochs: map[string]uint64{}, chosen: map[string]string{},
@@ -69,7 +70,7 @@ func newWorld(t *testing.T, dir string, seed uint64) *world {
 // run is a test in a bubble; at its end every peer is stopped and checked.
 func run(t *testing.T, seed uint64, f func(t *testing.T, w *world)) {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "ipam") // fsync of a disk is not what is tested
+	dir, err := os.MkdirTemp("/dev/shm", "ipam") //nolint:usetesting // memory: fsync of a disk is not what is tested
 	if err != nil {
 		dir = t.TempDir()
 	}
@@ -197,6 +198,9 @@ func (h *host) send(to peer.Name, payload []byte) error {
 	if h.up() == nil {
 		return context.Canceled
 	}
+	h.mu.Lock()
+	h.sent++
+	h.mu.Unlock()
 	return h.w.carry(h.name, to, payload, func(a *Allocator, b []byte) { a.Receive(h.name, b) })
 }
 

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -12,6 +14,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/state"
 )
 
 func TestLoneLaunchNeedsNobody(t *testing.T) {
@@ -299,4 +302,71 @@ func TestBadSubnets(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A keeper that cannot write must not say anything that depends on what it
+// could not write.
+func TestSaysNothingThatIsNotDurable(t *testing.T) {
+	run(t, 9, func(t *testing.T, w *world) {
+		w.add(1, consensus(1))[0].start().must("c", "")
+		w.add(1, consensus(2))[0].start().must("c", "")
+		settle(3 * time.Second)
+		keeper, other := w.peers[0], w.peers[1]
+		_ = keeper.db.Close()
+		sent := keeper.sent
+		if _, err := other.a.Allocate(w.within(10*time.Second), "d", netip.MustParsePrefix("10.32.250.0/24")); err == nil {
+			t.Fatal("granted by a keeper that cannot write")
+		}
+		if keeper.sent != sent {
+			t.Fatalf("the keeper sent %d messages", keeper.sent-sent)
+		}
+		if s := keeper.a.Status().State; !strings.Contains(s, "state cannot be written") {
+			t.Fatalf("state %q", s)
+		}
+		if _, err := keeper.a.Allocate(w.within(10*time.Second), "d", netip.Prefix{}); err == nil {
+			t.Fatal("an address without a record")
+		}
+	})
+}
+
+func BenchmarkAllocateFromOwnSpace(b *testing.B) {
+	dir, err := os.MkdirTemp("/dev/shm", "ipam") //nolint:usetesting // memory: what is measured is all but the disk
+	if err != nil {
+		b.Skip("no file system in memory")
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	log := slog.New(slog.DiscardHandler)
+	db, err := state.Open(dir+"/weave.db", log)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { _ = db.Close() }()
+	a, err := New(Config{
+		Self: peer.Info{Name: 1}, Range: netip.MustParsePrefix("10.32.0.0/12"), Store: db.Bucket("ipam"),
+		Send: func(peer.Name, []byte) error { return nil }, Reachable: func() []peer.Name { return nil }, Log: log,
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(b.Context())
+	done := make(chan error)
+	go func() { done <- a.Run(ctx) }()
+	for i := range 1000 { // a host with many containers
+		if _, err := a.Allocate(ctx, fmt.Sprintf("old%d", i), netip.Prefix{}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for b.Loop() {
+		got, err := a.Allocate(ctx, "c", netip.Prefix{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := a.Free("c", got.Addr()); err != nil {
+			b.Fatal(err)
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		b.Fatal(err)
+	}
 }

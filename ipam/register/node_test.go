@@ -224,9 +224,9 @@ func TestOneValuePerVersion(t *testing.T) {
 	t.Logf("%d versions", versions)
 }
 
-// acceptorAfterRestart is a keeper of three that took m, wrote what it was
+// acceptorAfterRestart is a keeper of three that took messages, wrote what it was
 // told to write, and came back from that.
-func acceptorAfterRestart(t *testing.T, m Message) (*Node, Effects) {
+func acceptorAfterRestart(t *testing.T, took ...Message) (*Node, Effects) {
 	t.Helper()
 	st := found(t, "10.32.0.0/24", 3)
 	cfg := Config{Self: ID{1, 100}, Range: st.Range, Quorum: 3, Rand: rand.New(rand.NewPCG(1, 1))}
@@ -234,11 +234,14 @@ func acceptorAfterRestart(t *testing.T, m Message) (*Node, Effects) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Cluster, m.Range, m.Store, m.Version = st.Cluster, st.Range, 101, st.Version+1
-	e := n.Receive(time.Unix(0, 0), 2, &m)
 	var record []byte
-	if e.Dirty {
-		record = n.Acceptor()
+	var e Effects
+	for _, m := range took {
+		m.Cluster, m.Range, m.Store, m.Version = st.Cluster, st.Range, 101, st.Version+1
+		e = n.Receive(time.Unix(0, 0), 2, &m)
+		if e.Dirty {
+			record = n.Acceptor()
+		}
 	}
 	back, err := New(cfg, st, record)
 	if err != nil {
@@ -263,7 +266,9 @@ func TestPromiseOutlivesTheProcess(t *testing.T) {
 func TestAcceptanceOutlivesTheProcess(t *testing.T) {
 	value := found(t, "10.32.0.0/24", 3)
 	value = apply(t, value, ask(value, 2, Op{Kind: OpGrant, Subnet: value.Range}))
-	n, e := acceptorAfterRestart(t, Message{Kind: KindAccept, Ballot: Ballot{5, 2}, State: value})
+	n, e := acceptorAfterRestart(t,
+		Message{Kind: KindPrepare, Ballot: Ballot{5, 2}},
+		Message{Kind: KindAccept, Ballot: Ballot{5, 2}, State: value})
 	if len(e.Send) != 1 || e.Send[0].Kind != KindAccepted {
 		t.Fatalf("answer %+v", e.Send)
 	}

@@ -137,7 +137,7 @@ func New(cfg Config, state *State, acceptorRecord []byte) (*Node, error) {
 func (n *Node) State() *State { return n.state }
 
 // Acceptor is the record to keep together with State.
-func (n *Node) Acceptor() []byte { return n.acc.append(nil) }
+func (n *Node) Acceptor() []byte { return n.acc.encode() }
 
 // Founding says how far the first version is: whether this peer works on it,
 // how many must agree, and how many take part as far as is known.
@@ -397,9 +397,8 @@ func (n *Node) accept(now time.Time, from peer.Name, m *Message) {
 	n.send(now, from, Message{Kind: KindAccepted, Version: m.Version, Ballot: m.Ballot})
 }
 
-func (a *acceptor) append(b []byte) []byte {
-	b = append(b, Format)
-	b = binary.AppendUvarint(b, a.version)
+func (a *acceptor) encode() []byte {
+	b := binary.AppendUvarint([]byte{Format}, a.version)
 	b = appendBallot(b, a.promised)
 	b = appendBallot(b, a.accepted)
 	if a.state == nil {

@@ -23,7 +23,7 @@ const (
 	maxOff = 64
 )
 
-var errShort = errors.New("cut short") //nolint:gochecknoglobals // a constant
+var errShort = errors.New("cut short")
 
 // Append writes the state behind b, in the layout of the package comment.
 func (s *State) Append(b []byte) []byte {

@@ -93,7 +93,7 @@ func TestDamageIsSetAside(t *testing.T) {
 		"cut to the metas":    func(b []byte) []byte { return b[:2*page] },
 		"cut in half":         func(b []byte) []byte { return b[:len(b)/2] },
 		"zeroes":              func(b []byte) []byte { return make([]byte, len(b)) },
-		"text":                func(b []byte) []byte { return bytes.Repeat([]byte("not a database\n"), 1000) },
+		"text":                func([]byte) []byte { return bytes.Repeat([]byte("not a database\n"), 1000) },
 		"both metas": func(b []byte) []byte {
 			clear(b[:2*page])
 			return b

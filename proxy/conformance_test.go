@@ -1,0 +1,307 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"weave.local/proxy/docker"
+	"weave.local/tests/lab"
+)
+
+// engineHost is a host with a real engine and the proxy in front of it.
+func engineHost(t *testing.T) (h *lab.Host, direct, proxied string) {
+	t.Helper()
+	if why := lab.Missing(true); why != "" {
+		if os.Getenv("TEST_STRICT") == "1" {
+			t.Fatal(why)
+		}
+		t.Skip(why)
+	}
+	l, err := lab.New(t.Context(), lab.Config{Docker: true, Hosts: []string{"u1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	h = l.Host("u1")
+	cfg := config(t, &fakeEngine{socket: h.Path("/run/docker.sock")})
+	proxied = filepath.Join(l.Dir(), "proxy.sock")
+	cfg.Listen = []string{"unix://" + proxied}
+	cfg.NoDefaultIPAlloc = true
+	cfg.Network = func(_ context.Context, n netip.Prefix) (string, error) {
+		return "", fmt.Errorf("network for %s asked for", n)
+	}
+	p, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return h, "unix:///run/docker.sock", "unix://" + proxied
+}
+
+// The docker command does the same through the proxy as without it.
+func TestConformance(t *testing.T) {
+	h, direct, proxied := engineHost(t)
+	big := strings.Repeat("0123456789abcdef", 1<<18) // 4 MiB
+	sum := fmt.Sprintf("%x", sha256.Sum256([]byte(big)))
+	begin := time.Now()
+	prepare := [][]string{
+		{"run", "-d", "--name", "idle", "busybox", "sleep", "600"},
+		{"run", "--name", "talker", "busybox", "sh", "-c", "for i in 1 2 3; do echo line $i; echo err $i >&2; sleep 0.2; done"},
+	}
+	for _, args := range prepare {
+		if err := h.Docker(t.Context(), args...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := func(d time.Time) string { return fmt.Sprintf("%d.%09d", d.Unix(), d.Nanosecond()) }
+	span := []string{"--since", at(begin), "--until", at(time.Now())}
+	cases := []struct {
+		name  string
+		stdin string
+		args  []string
+		want  string // must be in the output; the rest is compared with the direct way
+	}{
+		{"version", "", []string{"version", "-f", "{{.Server.Version}}"}, "."},
+		{"ps", "", []string{"ps", "-a", "--no-trunc", "--format", "{{.ID}} {{.Names}}"}, "idle"},
+		{"images", "", []string{"images"}, "busybox"},
+		{"inspect", "", []string{"inspect", "idle", "talker"}, "NetworkSettings"},
+		{"inspect nothing", "", []string{"inspect", "nobody"}, "No such object"},
+		{"run, piped", "a\nb\n", []string{"run", "--rm", "-i", "busybox", "cat"}, "a\nb\n"},
+		{"run, much in", big, []string{"run", "--rm", "-i", "busybox", "sha256sum"}, sum},
+		{"run, much out", big, []string{"run", "--rm", "-i", "busybox", "cat"}, big},
+		{"run, exit code", "", []string{"run", "--rm", "busybox", "sh", "-c", "echo out; echo err >&2; exit 7"}, "out"},
+		{"run, no image", "", []string{"run", "--rm", "--pull", "never", "nosuchimage"}, "No such image: nosuchimage"},
+		{"exec, piped", "x\n", []string{"exec", "-i", "idle", "sh", "-c", "cat; exit 3"}, "x"},
+		{"exec, much", big, []string{"exec", "-i", "idle", "sha256sum"}, sum},
+		{"exec, detached", "", []string{"exec", "-d", "idle", "true"}, ""},
+		{"exec in nothing", "", []string{"exec", "nobody", "true"}, "nobody"},
+		{"logs", "", []string{"logs", "talker"}, "line 3"},
+		{"logs -f", "", []string{"logs", "-f", "talker"}, "err 3"},
+		{"events", "", append([]string{"events"}, span...), "container start"},
+		{"cp out", "", []string{"cp", "idle:/etc/passwd", "-"}, "root:x:0"},
+		{"save", "", []string{"save", "busybox"}, "manifest.json"},
+		{"top", "", []string{"top", "idle", "-o", "pid,args"}, "sleep 600"},
+		{"diff", "", []string{"diff", "talker"}, ""},
+		{"build", "FROM busybox\nRUN echo built > /built\nCMD cat /built\n", []string{"build", "-q", "--no-cache", "-t", "made", "-"}, "sha256:"},
+		{"run what was built", "", []string{"run", "--rm", "made"}, "built"},
+		{"network ls", "", []string{"network", "ls"}, "bridge"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			want, got := runDocker(t, h, direct, c.stdin, c.args), runDocker(t, h, proxied, c.stdin, c.args)
+			if !strings.Contains(got.Stdout+got.Stderr, c.want) {
+				t.Errorf("said %.300q %.300q", got.Stdout, got.Stderr)
+			}
+			if same(got.Stdout) != same(want.Stdout) || same(got.Stderr) != same(want.Stderr) || got.Code != want.Code {
+				t.Errorf("proxied: exit %d, %.300q %.300q\ndirect:  exit %d, %.300q %.300q",
+					got.Code, got.Stdout, got.Stderr, want.Code, want.Stdout, want.Stderr)
+			}
+		})
+	}
+	t.Run("cp in", func(t *testing.T) { copyIn(t, h, proxied, big) })
+	t.Run("terminal", func(t *testing.T) { terminal(t, h, proxied) })
+	t.Run("attach without upgrade", func(t *testing.T) { rawAttach(t, h, strings.TrimPrefix(proxied, "unix://")) })
+	t.Run("refused", func(t *testing.T) {
+		r := runDocker(t, h, proxied, "", []string{"run", "--name", "bad", "-e", "WEAVE_CIDR=net:nowhere", "busybox", "true"})
+		if r.Code == 0 || !strings.Contains(r.Stderr, "net:nowhere") {
+			t.Errorf("exit %d, %s", r.Code, r.Stderr)
+		}
+		r = runDocker(t, h, proxied, "", []string{"run", "--name", "bad", "-e", "WEAVE_CIDR=net:10.1.0.0/16", "busybox", "true"})
+		if r.Code == 0 || !strings.Contains(r.Stderr, "network for 10.1.0.0/16 asked for") {
+			t.Errorf("exit %d, %s", r.Code, r.Stderr)
+		}
+		if err := h.Docker(t.Context(), "inspect", "bad").Err(); err == nil {
+			t.Error("a container is left")
+		}
+	})
+}
+
+// same takes out what differs from run to run: ids of images.
+func same(s string) string {
+	return regexp.MustCompile(`sha256:[0-9a-f]{64}`).ReplaceAllString(s, "sha256:x")
+}
+
+func runDocker(t *testing.T, h *lab.Host, host, stdin string, args []string) lab.Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "docker", append([]string{"-H", host}, args...)...)
+	cmd.Stdin = strings.NewReader(stdin)
+	cmd.Env = append(os.Environ(), "DOCKER_BUILDKIT=0")
+	return h.RunCmd(cmd)
+}
+
+func copyIn(t *testing.T, h *lab.Host, host, content string) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := runDocker(t, h, host, "", []string{"cp", file, "idle:/copied"}).Err(); err != nil {
+		t.Fatal(err)
+	}
+	r := runDocker(t, h, host, "", []string{"exec", "idle", "cat", "/copied"})
+	if r.Stdout != content {
+		t.Errorf("%d bytes arrived, want %d; %v", len(r.Stdout), len(content), r.Err())
+	}
+}
+
+// terminal types into `docker run -ti`.
+func terminal(t *testing.T, h *lab.Host, host string) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	master, tty := openTerminal(t)
+	defer func() { _ = master.Close() }()
+	cmd := exec.CommandContext(ctx, "docker", "-H", host, "run", "--rm", "-ti", "busybox", "sh")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	err := h.Start(cmd)
+	_ = tty.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	in := bufio.NewReader(io.TeeReader(master, &said))
+	if _, err := in.ReadString('#'); err != nil { // the prompt
+		t.Fatalf("%v after %q", err, said.String())
+	}
+	_, _ = io.WriteString(master, "test -t 0 && echo on a $((6*7)) terminal; exit 5\r")
+	_, _ = io.Copy(io.Discard, in) // ends with an error when the other side goes
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 5 || !strings.Contains(said.String(), "on a 42 terminal") {
+		t.Errorf("ended with %v after %q", err, said.String())
+	}
+}
+
+// openTerminal makes a pseudo-terminal.
+func openTerminal(t *testing.T) (master, tty *os.File) {
+	t.Helper()
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := master.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var number int
+	var ioctl error
+	err = raw.Control(func(fd uintptr) {
+		if ioctl = unix.IoctlSetPointerInt(int(fd), unix.TIOCSPTLCK, 0); ioctl == nil {
+			number, ioctl = unix.IoctlGetInt(int(fd), unix.TIOCGPTN)
+		}
+	})
+	if err := errors.Join(err, ioctl); err != nil {
+		t.Fatal(err)
+	}
+	tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return master, tty
+}
+
+// rawAttach is a client that asks for no upgrade and ends its half.
+func rawAttach(t *testing.T, h *lab.Host, socket string) {
+	id, err := h.Output(t.Context(), "docker", "create", "-i", "busybox", "sh", "-c", "sha256sum")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	_ = conn.SetDeadline(time.Now().Add(time.Minute))
+	_, _ = fmt.Fprintf(conn, "POST /v1.41/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: docker\r\nContent-Type: text/plain\r\n\r\n", id)
+	in := bufio.NewReader(conn)
+	if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatal(resp, err)
+	}
+	if err := h.Docker(t.Context(), "start", id).Err(); err != nil {
+		t.Fatal(err)
+	}
+	big := bytes.Repeat([]byte("x"), 1<<20)
+	if _, err := conn.Write(big); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.(*net.UnixConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	out, err := io.ReadAll(in)
+	if want := fmt.Sprintf("%x", sha256.Sum256(big)); err != nil || !strings.Contains(string(out), want) {
+		t.Errorf("got %q, %v; want %s", out, err, want)
+	}
+}
+
+// The client and the watcher against a real engine.
+func TestRealEvents(t *testing.T) {
+	h, _, _ := engineHost(t)
+	c := docker.New(h.Path("/run/docker.sock"))
+	w := docker.NewWatcher(c, slog.New(slog.DiscardHandler))
+	lists, events := make(chan []docker.Container, 8), make(chan docker.Event, 64)
+	w.OnConnect(func(_ context.Context, all []docker.Container) { lists <- all })
+	w.OnEvent(func(e docker.Event) { events <- e })
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Run(ctx) }()
+	defer func() { cancel(); <-done }()
+	<-lists
+	life := func(name string) {
+		t.Helper()
+		if err := h.Docker(t.Context(), "run", "--rm", "--name", name, "busybox", "true").Err(); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []docker.Action{docker.ActionStart, docker.ActionDie, docker.ActionDestroy} {
+			if e := <-events; e.Action != want || e.Name != name || len(e.ID) != 64 {
+				t.Errorf("event %+v, want %s of %s", e, want, name)
+			}
+		}
+	}
+	life("one")
+	if err := h.StopDocker(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.StartDocker(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	<-lists
+	life("two")
+	if v, err := c.APIVersion(t.Context()); err != nil || v == "" {
+		t.Errorf("API version %q, %v", v, err)
+	}
+	if _, err := c.InspectContainer(t.Context(), "nobody"); !docker.IsNotFound(err) {
+		t.Errorf("inspect of nobody: %v", err)
+	}
+}

@@ -42,7 +42,7 @@ func (p *Plugin) follow(ctx context.Context) error {
 		case err != nil:
 			retry = min(max(retryNetwork, retry*3/2), maxRetry)
 			wait = retry
-			p.cfg.Log.Warn("plugin: docker networks", "err", err, "again in", wait)
+			p.cfg.Log.Warn("plugin: docker networks", "err", err, "retry_in", wait)
 		default:
 			retry, wait = 0, lookSometime
 			if p.suspicious() {

@@ -246,8 +246,12 @@ func rawAttach(t *testing.T, h *lab.Host, socket string) {
 	_ = conn.SetDeadline(time.Now().Add(time.Minute))
 	_, _ = fmt.Fprintf(conn, "POST /v1.41/containers/%s/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: docker\r\nContent-Type: text/plain\r\n\r\n", id)
 	in := bufio.NewReader(conn)
-	if resp, err := http.ReadResponse(in, nil); err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatal(resp, err)
+	resp, err := http.ReadResponse(in, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		t.Error(resp.Status)
 	}
 	if err := h.Docker(t.Context(), "start", id).Err(); err != nil {
 		t.Fatal(err)
@@ -259,7 +263,8 @@ func rawAttach(t *testing.T, h *lab.Host, socket string) {
 	if err := conn.(*net.UnixConn).CloseWrite(); err != nil {
 		t.Fatal(err)
 	}
-	out, err := io.ReadAll(in)
+	out, err := io.ReadAll(resp.Body)
+	_ = resp.Body.Close()
 	if want := fmt.Sprintf("%x", sha256.Sum256(big)); err != nil || !strings.Contains(string(out), want) {
 		t.Errorf("got %q, %v; want %s", out, err, want)
 	}
@@ -276,7 +281,12 @@ func TestRealEvents(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.Run(ctx) }()
-	defer func() { cancel(); <-done }()
+	defer func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("Run ended with %v", err)
+		}
+	}()
 	<-lists
 	life := func(name string) {
 		t.Helper()

@@ -142,30 +142,37 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request) {
 		}
 		list = list[1:]
 	}
-	resp, answer, err := p.roundTrip(ctx, r, body)
+	a, err := p.roundTrip(ctx, r, body)
 	if err != nil {
 		p.forward.ErrorHandler(w, r, err)
 		return
 	}
-	if wanted.attach && resp.StatusCode == http.StatusCreated {
-		if err := p.join(ctx, answer, list, rest); err != nil {
+	if wanted.attach && a.status == http.StatusCreated {
+		if err := p.join(ctx, a.body, list, rest); err != nil {
 			writeError(w, http.StatusInternalServerError, fmt.Errorf("weave: %w", err))
 			return
 		}
 	}
-	respond(w, resp, answer)
+	a.send(w)
 }
 
-// respond hands on an answer that was read.
-func respond(w http.ResponseWriter, resp *http.Response, answer []byte) {
-	maps.Copy(w.Header(), resp.Header)
+// answer is one of the engine's that was read to its end.
+type answer struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+// send hands the answer on.
+func (a answer) send(w http.ResponseWriter) {
+	maps.Copy(w.Header(), a.header)
 	w.Header().Del("Connection")
-	w.WriteHeader(resp.StatusCode)
-	_, _ = w.Write(answer)
+	w.WriteHeader(a.status)
+	_, _ = w.Write(a.body)
 }
 
 // roundTrip sends a request with the given body and reads the answer.
-func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (*http.Response, []byte, error) {
+func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (answer, error) {
 	out := r.Clone(ctx)
 	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "docker", ""
 	// An empty body must be none: a chunked one of no bytes counts as a body.
@@ -180,20 +187,20 @@ func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (*h
 	}
 	resp, err := p.forward.Transport.RoundTrip(out)
 	if err != nil {
-		return nil, nil, err
+		return answer{}, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxCreated))
-	return resp, answer, err
+	read, err := io.ReadAll(io.LimitReader(resp.Body, maxCreated))
+	return answer{resp.StatusCode, resp.Header, read}, err
 }
 
 // join puts a container that was just made on its networks and notes the rest,
 // or removes it.
-func (p *Proxy) join(ctx context.Context, answer []byte, list []membership, rest []attach.Request) error {
+func (p *Proxy) join(ctx context.Context, created []byte, list []membership, rest []attach.Request) error {
 	var made struct {
 		ID string `json:"Id"`
 	}
-	if err := json.Unmarshal(answer, &made); err != nil {
+	if err := json.Unmarshal(created, &made); err != nil {
 		return fmt.Errorf("answer to containers/create: %w", err)
 	}
 	var err error

@@ -180,9 +180,9 @@ func TestCreate(t *testing.T) {
 				}
 				return "net-" + strings.ReplaceAll(name, "/", "-"), nil
 			})
-			resp, text := p.post(t, c.path, c.body)
-			if resp.StatusCode != c.status || !strings.Contains(text, c.text) {
-				t.Errorf("answer %d %s, want %d %s", resp.StatusCode, text, c.status, c.text)
+			status, text := p.post(t, c.path, c.body)
+			if status != c.status || !strings.Contains(text, c.text) {
+				t.Errorf("answer %d %s, want %d %s", status, text, c.status, c.text)
 			}
 			if rest, ok := p.cfg.Store.Get("c1"); ok {
 				e.note("extras " + string(rest))

@@ -169,18 +169,18 @@ func (p *Proxy) start(w http.ResponseWriter, r *http.Request, ref string) {
 		return
 	}
 	ctx := context.WithoutCancel(r.Context())
-	resp, answer, err := p.roundTrip(ctx, r, body)
+	a, err := p.roundTrip(ctx, r, body)
 	if err != nil {
 		p.forward.ErrorHandler(w, r, err)
 		return
 	}
-	if resp.StatusCode/100 == 2 {
+	if a.status/100 == 2 {
 		if err := p.addExtras(ctx, ref); err != nil {
 			writeError(w, http.StatusInternalServerError, fmt.Errorf("weave: %w", err))
 			return
 		}
 	}
-	respond(w, resp, answer)
+	a.send(w)
 }
 
 func (p *Proxy) addExtras(ctx context.Context, ref string) error {

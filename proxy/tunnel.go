@@ -157,12 +157,12 @@ func (f flushing) Write(b []byte) (int, error) {
 func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *bufio.Reader) {
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		_, err := copyFrom(back, fromClient, client)
+		err := copyFrom(back, fromClient, client)
 		if err == nil {
 			closeWrite(back)
 		}
 	})
-	_, err := copyFrom(client, fromBack, back)
+	err := copyFrom(client, fromBack, back)
 	if err != nil {
 		// The client has gone, or the engine broke off.
 		_ = back.Close()
@@ -176,13 +176,12 @@ func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *
 
 // copyFrom copies what was read ahead, then the connection itself, for which
 // the kernel can move the bytes.
-func copyFrom(dst net.Conn, ahead *bufio.Reader, src net.Conn) (int64, error) {
-	n, err := io.CopyN(dst, ahead, int64(ahead.Buffered()))
-	if err != nil {
-		return n, err
+func copyFrom(dst net.Conn, ahead *bufio.Reader, src net.Conn) error {
+	if _, err := io.CopyN(dst, ahead, int64(ahead.Buffered())); err != nil {
+		return err
 	}
-	m, err := io.Copy(dst, src)
-	return n + m, err
+	_, err := io.Copy(dst, src)
+	return err
 }
 
 // closeWrite ends one direction of a connection.

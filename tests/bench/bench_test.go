@@ -8,10 +8,15 @@ import (
 	"math"
 	"net"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"weave.local/tests/lab"
 )
 
 func TestFlags(t *testing.T) {
@@ -189,5 +194,45 @@ func TestQuantile(t *testing.T) {
 	}
 	if quantile(nil, 0.5) != 0 {
 		t.Error("a quantile of nothing")
+	}
+}
+
+// TestMeasures runs the program itself, shortly.
+func TestMeasures(t *testing.T) {
+	if why := lab.Missing(false); why != "" {
+		if os.Getenv("TEST_STRICT") == "1" {
+			t.Fatal(why)
+		}
+		t.Skip(why)
+	}
+	bin := filepath.Join(t.TempDir(), "bench")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,sleeve,tcp1,udp,rtt")
+	cmd.Stderr = t.Output()
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r report
+	if err := json.Unmarshal(out, &r); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 3 {
+		t.Fatalf("%s", out)
+	}
+	for _, p := range r.Underlays[0].Paths {
+		for _, q := range []string{"tcp1", "tcp1_cpu", "udp", "rtt50", "rtt99"} {
+			if len(p.Rounds[q]) != 1 || p.Median[q] <= 0 {
+				t.Errorf("%s %s: %v, median %g", p.Name, q, p.Rounds[q], p.Median[q])
+			}
+		}
+	}
+	if m := r.Underlays[0].Mesh; m == nil || m.RSSBytes < 1<<20 || m.LaunchSeconds <= 0 || m.MeshSeconds < m.LaunchSeconds {
+		t.Errorf("daemons: %+v", m)
+	}
+	if len(r.Bars) != 4 {
+		t.Errorf("bars: %+v", r.Bars)
 	}
 }

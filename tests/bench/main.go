@@ -33,8 +33,10 @@ import (
 	"weave.local/tests/setup"
 )
 
-// errBar is that a bar was missed.
-var errBar = errors.New("a bar was missed")
+var (
+	errBar  = errors.New("a bar was missed")
+	errLeft = errors.New("not all was removed")
+)
 
 type options struct {
 	json, check bool
@@ -149,8 +151,8 @@ func run(ctx context.Context, o options) (err error) {
 	r := newReport(o)
 	for _, name := range o.only.underlays {
 		u, err := measureUnderlay(ctx, o, name)
-		if ctx.Err() != nil {
-			return fmt.Errorf("%w: nothing is left behind", context.Cause(ctx))
+		if err != nil && ctx.Err() != nil && !errors.Is(err, errLeft) {
+			return errors.New("interrupted; nothing is left behind")
 		}
 		if err != nil {
 			return fmt.Errorf("underlay %s: %w", name, err)

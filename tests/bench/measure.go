@@ -60,7 +60,11 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.lab.Close()) }()
+	defer func() {
+		if left := s.lab.Close(); left != nil {
+			err = errors.Join(err, fmt.Errorf("%w: %w", errLeft, left))
+		}
+	}()
 	u = &underlayResult{Name: name}
 	for _, p := range s.paths {
 		u.Paths = append(u.Paths, &pathResult{Name: p.name, MTU: p.mtu, Rounds: map[string][]float64{}, Median: map[string]float64{}})

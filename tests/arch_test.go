@@ -30,7 +30,7 @@ const (
 // only tests stands right above what it is about.
 func floors() [][]string {
 	return [][]string{
-		{"peer", "peer/state", "ipam/space", "router/frame", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "tests/lab", "tests/setup"},
+		{"peer", "peer/state", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "tests/lab", "tests/setup"},
 		{"router/netdev/netdevtest"},
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"router/overlay/overlaytest"},
@@ -53,6 +53,8 @@ func owners() map[string][]string {
 		"github.com/vishvananda/netlink":       {"router/netdev"},
 		"github.com/vishvananda/netns":         {"router/netdev"},
 		"github.com/cilium/ebpf":               {"router/bpf"},
+		"github.com/flynn/noise":               {"router/seal"},
+		"golang.org/x/crypto":                  {"router/seal"},
 		"github.com/coreos/go-iptables":        {"router/firewall"},
 		"github.com/docker/go-plugins-helpers": {"plugin"},
 		"github.com/spf13/cobra":               {"cmd/internal/cli"},

@@ -22,7 +22,7 @@ func (d *DataPath) attach(index int, p bpf.Program) error {
 		}
 		d.clsact = true
 	}
-	return attachFilter(index, p.Egress(), string(p), d.objs.FD(p))
+	return netdev.AttachFilter(index, p.Egress(), string(p), d.objs.FD(p))
 }
 
 // attached says whether any version of the program is on the device.
@@ -30,11 +30,11 @@ func (d *DataPath) attached(index int, p bpf.Program) bool {
 	if d.objs.Attached(index, p) {
 		return true
 	}
-	return hasFilter(index, p.Egress(), string(p))
+	return netdev.HasFilter(index, p.Egress(), string(p))
 }
 
 func (d *DataPath) detach(index int, p bpf.Program) error {
-	return errors.Join(d.objs.Detach(index, p), detachFilter(index, p.Egress(), string(p)))
+	return errors.Join(d.objs.Detach(index, p), netdev.DetachFilter(index, p.Egress(), string(p)))
 }
 
 // detachAllFilters removes our programs from all devices on which they are
@@ -47,7 +47,7 @@ func detachAllFilters() error {
 	var errs []error
 	for _, dev := range devices {
 		for _, p := range []bpf.Program{bpf.PortIn, bpf.PortOut, bpf.TAPIn} {
-			errs = append(errs, detachFilter(dev.Index, p.Egress(), string(p)))
+			errs = append(errs, netdev.DetachFilter(dev.Index, p.Egress(), string(p)))
 		}
 	}
 	return errors.Join(errs...)

@@ -21,7 +21,7 @@ func vxlanName(port int) string { return vxlanPrefix + strconv.Itoa(port) }
 // ensureVXLAN makes our VXLAN device, or adopts it. A new one is down.
 func ensureVXLAN(port, mtu int) (index int, created bool, err error) {
 	name := vxlanName(port)
-	created, err = makeVXLAN(name, port, mtu)
+	created, err = netdev.EnsureVXLAN(name, port, mtu)
 	if err != nil {
 		return 0, false, err
 	}
@@ -100,7 +100,7 @@ func (d *DataPath) MTU(to peer.ShortID) int {
 	if !usable(local) {
 		local = netip.Addr{}
 	}
-	mtu, err := routeMTU(n.Remote, local)
+	mtu, err := netdev.RouteMTU(n.Remote, local)
 	if err != nil {
 		d.log.Debug("no MTU", "neighbour", n.Name, "error", err)
 		return 0

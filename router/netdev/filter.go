@@ -1,4 +1,4 @@
-package fastdp
+package netdev
 
 import (
 	"errors"
@@ -27,9 +27,9 @@ func clsactOf(index int) *netlink.Clsact {
 	}}
 }
 
-// attachFilter makes a BPF program run on a device as a clsact filter, instead
+// AttachFilter makes a BPF program run on a device as a clsact filter, instead
 // of the one of that name if there is one.
-func attachFilter(index int, egress bool, name string, fd int) error {
+func AttachFilter(index int, egress bool, name string, fd int) error {
 	if err := netlink.QdiscAdd(clsactOf(index)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("clsact on device %d: %w", index, err)
 	}
@@ -46,8 +46,8 @@ func attachFilter(index int, egress bool, name string, fd int) error {
 	return nil
 }
 
-// hasFilter says whether the program is on the device as a filter.
-func hasFilter(index int, egress bool, name string) bool {
+// HasFilter says whether the program is on the device as a filter.
+func HasFilter(index int, egress bool, name string) bool {
 	f, err := findFilter(index, egress, name)
 	return err == nil && f != nil
 }
@@ -70,9 +70,9 @@ func findFilter(index int, egress bool, name string) (netlink.Filter, error) {
 	return nil, nil
 }
 
-// detachFilter removes the program from the device, and clsact with the last
+// DetachFilter removes the program from the device, and clsact with the last
 // filter. A device that is gone is no error.
-func detachFilter(index int, egress bool, name string) error {
+func DetachFilter(index int, egress bool, name string) error {
 	f, err := findFilter(index, egress, name)
 	if f == nil || err != nil {
 		return nil //nolint:nilerr // the device is gone, and all with it

@@ -1,4 +1,4 @@
-package fastdp
+package netdev
 
 import (
 	"errors"
@@ -7,13 +7,11 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"weave.local/router/netdev"
 )
 
-// makeVXLAN makes a VXLAN device for a UDP port in collect-metadata mode, or
+// EnsureVXLAN makes a VXLAN device for a UDP port in collect-metadata mode, or
 // adopts the one of that name, and sets its MTU. A new one is down.
-func makeVXLAN(name string, port, mtu int) (created bool, err error) {
+func EnsureVXLAN(name string, port, mtu int) (created bool, err error) {
 	l, err := netlink.LinkByName(name)
 	var missing netlink.LinkNotFoundError
 	switch {
@@ -34,7 +32,7 @@ func makeVXLAN(name string, port, mtu int) (created bool, err error) {
 	if err := netlink.LinkSetMTU(l, mtu); err != nil {
 		err = fmt.Errorf("MTU %d of %s: %w", mtu, name, err)
 		if created {
-			err = errors.Join(err, netdev.DeleteLink(name))
+			err = errors.Join(err, DeleteLink(name))
 		}
 		return false, err
 	}
@@ -70,9 +68,9 @@ func createVXLAN(name string, port int) (netlink.Link, error) {
 	return l, nil
 }
 
-// routeMTU is the MTU in bytes of the route to remote, where it has one of
+// RouteMTU is the MTU in bytes of the route to remote, where it has one of
 // its own, or of the device it leaves by. local may be the zero Addr.
-func routeMTU(remote, local netip.Addr) (int, error) {
+func RouteMTU(remote, local netip.Addr) (int, error) {
 	opts := &netlink.RouteGetOptions{}
 	if local.IsValid() {
 		opts.SrcAddr = local.Unmap().AsSlice()

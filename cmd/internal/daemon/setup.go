@@ -346,7 +346,7 @@ func (d *daemon) openDocker(context.Context) error {
 	}
 	d.proxy, err = proxy.New(proxy.Config{
 		Listen: append([]string{"unix://" + d.proxySocket()}, d.cfg.ProxyListen...), Docker: d.docker,
-		Network: d.plugin.Network, DefaultSubnet: d.defaultSubnet(), NoDefaultIPAlloc: d.cfg.NoDefaultIPAlloc,
+		Network: d.plugin.Network, DefaultSubnet: d.defaultSubnet(), NoDefaultIPAlloc: d.cfg.NoDefaultIPAlloc || d.alloc == nil,
 		Attach: d.attach, Watch: d.watcher, Store: d.store.Bucket("proxy"), Log: d.log.With("part", "proxy"),
 	})
 	if err != nil {

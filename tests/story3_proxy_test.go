@@ -191,7 +191,7 @@ func testAddressRules(t *testing.T, l *lab.Lab) {
 			}
 		}
 	}
-	x := run(t, u2, proxySocket, "ethwe", "x", "-e", "WEAVE_CIDR=net:10.32.2.0/24")
+	x := run(t, u2, proxySocket, "ethwe", "xx", "-e", "WEAVE_CIDR=net:10.32.2.0/24")
 	if err := x.reaches(t.Context(), netip.MustParseAddr("10.32.2.9"), 56); err != nil {
 		t.Error(err)
 	}

@@ -115,6 +115,7 @@ func testKilled(t *testing.T, l *lab.Lab, cs []*container) {
 	u1 := l.Host("u1")
 	exposed := weave(t, u1, "expose")
 	flows := []*flow{startFlow(t, cs[0], cs[2]), startFlow(t, cs[1], cs[0]), startFlow(t, cs[1], cs[2])}
+	programs := programsOf(t, u1)
 	name, ps, targets := weave(t, u1, "report", "-f", "{{.Router.Name}}"), weave(t, u1, "ps"), weave(t, u1, "status", "targets")
 
 	begin := time.Now()
@@ -135,6 +136,9 @@ func testKilled(t *testing.T, l *lab.Lab, cs []*container) {
 	}
 	if got := weave(t, u1, "status", "targets"); !slices.Equal(sorted(strings.Fields(got)), sorted(strings.Fields(targets))) {
 		t.Errorf("targets before: %q, after: %q", targets, got)
+	}
+	if got := programsOf(t, u1); !slices.Equal(got, programs) {
+		t.Errorf("programs in the kernel before: %q, after: %q", programs, got)
 	}
 	taken := map[string]string{exposed + "/12": "the host"}
 	for _, c := range cs {
@@ -162,6 +166,12 @@ func testKilled(t *testing.T, l *lab.Lab, cs []*container) {
 	if got := weave(t, u1, "hide"); got != exposed {
 		t.Errorf("hide printed %q, want %s", got, exposed)
 	}
+}
+
+// programsOf lists the eBPF programs that run on a host's devices.
+func programsOf(t *testing.T, h *lab.Host) []string {
+	t.Helper()
+	return slices.DeleteFunc(state(t, h), func(line string) bool { return !strings.HasPrefix(line, "bpf: ") })
 }
 
 // testStopped: a daemon that is stopped leaves the kernel's part of the

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"weave.local/peer"
+	"weave.local/router/seal"
 )
 
 // Names of the data paths, as status shows them.
@@ -48,6 +49,11 @@ type Neighbour struct {
 	Local   netip.Addr // underlay address of this end of the link
 	Remote  netip.Addr // underlay address of the other end
 	Session uint64     // random, known to both ends of the link only
+
+	// Keys seal what goes to this neighbour directly. A data path that does
+	// not use them must not carry frames to it, nor take any from it. Nil:
+	// both ends agreed to send in clear.
+	Keys *seal.Session
 }
 
 // Hop says how to reach a destination: hand the frame to neighbour Via on the

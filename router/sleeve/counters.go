@@ -1,6 +1,11 @@
 package sleeve
 
-import "sync/atomic"
+import (
+	"errors"
+	"sync/atomic"
+
+	"weave.local/router/seal"
+)
 
 // counters are read at any time and written by whoever meets the event.
 type counters struct {
@@ -12,11 +17,31 @@ type counters struct {
 	tooBig                    atomic.Uint64
 	sendFailed                atomic.Uint64
 	unknownSender             atomic.Uint64
+	unsealed                  atomic.Uint64
+	forged                    atomic.Uint64
+	replayed                  atomic.Uint64
+	oldKey                    atomic.Uint64
 	malformed                 atomic.Uint64
 	wrongParent               atomic.Uint64
 	ownFrame                  atomic.Uint64
 	incomplete                atomic.Uint64
 	tapRefused                atomic.Uint64
+}
+
+// refused counts a datagram that does not open.
+func (c *counters) refused(err error) {
+	switch {
+	case errors.Is(err, errUnsealed):
+		c.unsealed.Add(1)
+	case errors.Is(err, seal.ErrForged):
+		c.forged.Add(1)
+	case errors.Is(err, seal.ErrReplay):
+		c.replayed.Add(1)
+	case errors.Is(err, seal.ErrOldKey):
+		c.oldKey.Add(1)
+	default:
+		c.unknownSender.Add(1)
+	}
 }
 
 func (c *counters) snapshot() map[string]uint64 {
@@ -32,6 +57,10 @@ func (c *counters) snapshot() map[string]uint64 {
 		"drop_too_big":        c.tooBig.Load(),
 		"drop_send_failed":    c.sendFailed.Load(),
 		"drop_unknown_sender": c.unknownSender.Load(),
+		"drop_unsealed":       c.unsealed.Load(),
+		"drop_forged":         c.forged.Load(),
+		"drop_replayed":       c.replayed.Load(),
+		"drop_old_key":        c.oldKey.Load(),
 		"drop_malformed":      c.malformed.Load(),
 		"drop_wrong_parent":   c.wrongParent.Load(),
 		"drop_own_frame":      c.ownFrame.Load(),

@@ -134,7 +134,16 @@ func slowSegments(p *packet, size int) [][]byte {
 }
 
 // TestWhole sends frames of every sort through paths of many sizes.
-func TestWhole(t *testing.T) {
+func TestWhole(t *testing.T) { wholeFrames(t, newWire) }
+
+// TestWholeSealed is the same between peers with keys.
+func TestWholeSealed(t *testing.T) {
+	session := sessions(t)
+	wholeFrames(t, func(mtu int) *wire { return sealedWire(mtu, session) })
+}
+
+func wholeFrames(t *testing.T, newWire func(mtu int) *wire) {
+	t.Helper()
 	for _, mtu := range []int{576, 1280, 1500, 9000, 65535} {
 		for _, p := range []*packet{
 			testPlain(14), testPlain(60), testPlain(1514), testPlain(65536),
@@ -150,7 +159,7 @@ func TestWhole(t *testing.T) {
 				}
 			}
 			w.receive(t, ds)
-			if w.r.count.malformed.Load() > 0 {
+			if c := w.r.count; c.malformed.Load()+c.forged.Load()+c.replayed.Load() > 0 {
 				t.Errorf("MTU %d: our own datagram is malformed", mtu)
 			}
 			var got, want [][]byte

@@ -28,15 +28,17 @@ func (p *Path) Probe(to peer.ShortID, token uint64, size int) error {
 	if size < 0 || size > 0xffff {
 		return fmt.Errorf("probe of %d bytes: no IP packet has that size", size)
 	}
-	if headerLen+probeBody+size > maxDatagram {
+	if headerLen+probeBody+size+n.tail() > maxDatagram {
 		return &overlay.TooBigError{MTU: p.MTU(to)}
 	}
-	d := make([]byte, headerLen+probeBody+size)
+	d := make([]byte, headerLen+probeBody+size+n.tail())
 	h := header{kind: kindProbe, src: t.self, dst: to, hops: 1, last: true}
 	h.put(d)
 	binary.BigEndian.PutUint64(d[headerLen:], token)
 	binary.BigEndian.PutUint16(d[headerLen+8:], uint16(size))
-	n.seal(t.self, d)
+	if !n.seal(t.self, d) {
+		return fmt.Errorf("probe to peer %s: %w", n.name, errWornOut)
+	}
 	err := p.sock.sendOne(n, d)
 	if errors.Is(err, unix.EMSGSIZE) {
 		p.refreshMTU(n)

@@ -66,9 +66,9 @@ func (r *receiver) serve() error {
 func (r *receiver) datagram(d []byte) error {
 	r.count.datagramsIn.Add(1)
 	t := r.table.Load()
-	n := t.open(d)
-	if n == nil {
-		r.count.unknownSender.Add(1)
+	n, d, err := t.open(d)
+	if err != nil {
+		r.count.refused(err)
 		return nil
 	}
 	var h header

@@ -111,7 +111,7 @@ func (s *sender) frame(b []byte) error {
 // in segments, else in fragments.
 func (s *sender) emit(self peer.ShortID, n *neighbour) error {
 	p := &s.pkt
-	room := n.maxDatagram() - headerLen
+	room := n.room()
 	h := header{src: p.src, dst: p.dst, hops: p.hops, flood: p.flood, offload: p.offload}
 	if len(p.data) <= room {
 		h.kind, h.last = kindFrame, true
@@ -122,7 +122,7 @@ func (s *sender) emit(self peer.ShortID, n *neighbour) error {
 		if h.gsoType == gsoNone {
 			h.gsoType = p.tcpType()
 		}
-		if s.need(&h, len(p.data), size) <= len(s.arena) {
+		if s.need(n, &h, len(p.data), size) <= len(s.arena) {
 			n.segmented++
 			h.group = n.segmented
 			return s.pieces(self, n, h, headLen, size)
@@ -139,16 +139,16 @@ func (s *sender) emit(self peer.ShortID, n *neighbour) error {
 }
 
 // need is the room in the arena for total bytes of frame in pieces of size.
-func (s *sender) need(h *header, total, size int) int {
+func (s *sender) need(n *neighbour, h *header, total, size int) int {
 	pieces := (total - int(h.headLen) + size - 1) / size
-	return total + pieces*(headerLen+int(h.headLen))
+	return total + pieces*(headerLen+int(h.headLen)+n.tail())
 }
 
 // pieces writes the datagrams of s.pkt: each has h, the first headLen bytes of
 // the frame and size bytes of what follows them.
 func (s *sender) pieces(self peer.ShortID, n *neighbour, h header, headLen, size int) error {
 	data := s.pkt.data
-	if s.used+s.need(&h, len(data), size) > len(s.arena) {
+	if s.used+s.need(n, &h, len(data), size) > len(s.arena) {
 		if err := s.flush(); err != nil {
 			return err
 		}
@@ -157,11 +157,14 @@ func (s *sender) pieces(self peer.ShortID, n *neighbour, h header, headLen, size
 	for off := 0; off < len(body); off += size {
 		piece := body[off:min(off+size, len(body))]
 		h.offset, h.last = uint16(off), off+size >= len(body)
-		d := s.arena[s.used : s.used+headerLen+headLen+len(piece)]
+		d := s.arena[s.used : s.used+headerLen+headLen+len(piece)+n.tail()]
 		h.put(d)
 		copy(d[headerLen:], head)
 		copy(d[headerLen+headLen:], piece)
-		n.seal(self, d)
+		if !n.seal(self, d) {
+			s.count.sendFailed.Add(1)
+			continue
+		}
 		if err := s.push(n, len(d)); err != nil {
 			return err
 		}

@@ -46,6 +46,11 @@
 //	         probe     u64 token, u16 size, and zeros: 14 + size bytes in all,
 //	                   but no less than 14
 //
+// To a neighbour with keys go sealed datagrams only, and only such are taken
+// from it: version 2, see package seal. The label is the sender's short id. The
+// text is what stands above from byte 12 on, and then the kind. They are 18
+// bytes longer.
+//
 // A segment is made so that its headers can be put right for it alone: when
 // some segments of a super-frame are lost, each run of the others still makes
 // a valid frame. A datagram that does not fit this is dropped and counted. A
@@ -68,6 +73,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -142,9 +148,31 @@ func (p *Path) Run(ctx context.Context) error {
 		<-ctx.Done()
 		return p.Close()
 	})
+	g.Go(func() error { p.age(ctx); return nil })
 	g.Go(func() error { return unlessClosed(p.newSender().serve()) })
 	g.Go(func() error { return unlessClosed(p.newReceiver().serve()) })
 	return g.Wait()
+}
+
+// ageEvery is how often keys are looked at whether they are old.
+const ageEvery = 5 * time.Second
+
+// age lets keys grow old until ctx ends.
+func (p *Path) age(ctx context.Context) {
+	tick := time.NewTicker(ageEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			for _, n := range p.table.Load().neighbours {
+				if n != nil && n.keys != nil {
+					n.keys.Tick(now)
+				}
+			}
+		}
+	}
 }
 
 // Close gives back what New made. Run does it by itself; a second Close does

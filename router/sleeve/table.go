@@ -9,6 +9,7 @@ import (
 	"weave.local/peer"
 	"weave.local/router/frame"
 	"weave.local/router/overlay"
+	"weave.local/router/seal"
 )
 
 // fallbackMTU is taken for the path while no route to a neighbour is known:
@@ -23,7 +24,8 @@ type neighbour struct {
 	session  uint64
 	addr     netip.AddrPort
 	sockaddr sockaddr
-	overhead int // of IP and UDP header, in bytes
+	overhead int           // of IP and UDP header, in bytes
+	keys     *seal.Session // nil: datagrams go in clear
 
 	pathMTU atomic.Int32 // of the underlay, in bytes; 0 not known yet
 	plain   bool         // the kernel refuses to cut messages to it (UDP_SEGMENT)
@@ -41,10 +43,19 @@ func (n *neighbour) maxDatagram() int {
 	return min(mtu-n.overhead, maxDatagram)
 }
 
-// maxPacket is the largest IP packet whose frame fits one datagram.
-func (n *neighbour) maxPacket() int {
-	return max(n.maxDatagram()-headerLen-frame.EthernetLen, 0)
+// tail is what sealing adds behind a datagram, in bytes.
+func (n *neighbour) tail() int {
+	if n.keys == nil {
+		return 0
+	}
+	return tailLen
 }
+
+// room is how many bytes of a frame fit in a datagram.
+func (n *neighbour) room() int { return n.maxDatagram() - headerLen - n.tail() }
+
+// maxPacket is the largest IP packet whose frame fits one datagram.
+func (n *neighbour) maxPacket() int { return max(n.room()-frame.EthernetLen, 0) }
 
 // ids is one more than the largest short id, for arrays indexed by it.
 const ids = int(peer.MaxShortID) + 1
@@ -130,6 +141,7 @@ func newNeighbour(from *overlay.Neighbour, ipv4 bool) (*neighbour, error) {
 		id:       from.ShortID,
 		name:     from.Name,
 		session:  from.Session,
+		keys:     from.Keys,
 		addr:     netip.AddrPortFrom(addr, from.Port),
 		overhead: ipv4Overhead,
 	}
@@ -145,5 +157,5 @@ func newNeighbour(from *overlay.Neighbour, ipv4 bool) (*neighbour, error) {
 
 // same says whether o stands for the same run of the same peer.
 func (n *neighbour) same(o *neighbour) bool {
-	return n.id == o.id && n.name == o.name && n.session == o.session && n.addr == o.addr
+	return n.id == o.id && n.name == o.name && n.session == o.session && n.addr == o.addr && n.keys == o.keys
 }

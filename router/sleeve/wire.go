@@ -2,17 +2,30 @@ package sleeve
 
 import (
 	"encoding/binary"
+	"errors"
 
 	"weave.local/peer"
 	"weave.local/router/frame"
+	"weave.local/router/seal"
 )
 
-// The outer and the whole header of a datagram, in bytes.
+// The outer and the whole header of a datagram, and what follows the text of a
+// sealed one, in bytes.
 const (
 	version   = 1
-	outerLen  = 12
+	outerLen  = seal.HeaderLen
 	headerLen = 28
+	tailLen   = 1 + seal.TailLen
 )
+
+// Why a datagram is not taken, besides what package seal says.
+var (
+	errStranger = errors.New("no neighbour sends with that short id and session")
+	errUnsealed = errors.New("datagram is not sealed, although its sender has keys")
+)
+
+// errWornOut cannot be met by anybody who hears from the neighbour.
+var errWornOut = errors.New("the key is worn out, and the neighbour does not answer")
 
 // Kinds of datagrams.
 const (
@@ -63,23 +76,48 @@ type offload struct {
 }
 
 // seal makes a datagram of d, whose kind and everything after the outer header
-// are in place: it says who sends it and proves that to n.
-func (n *neighbour) seal(self peer.ShortID, d []byte) {
+// are in place but for the tail: it says who sends it and proves that to n. It
+// is false when the key is worn out.
+func (n *neighbour) seal(self peer.ShortID, d []byte) bool {
+	if n.keys != nil {
+		text := d[:len(d)-tailLen+1]
+		text[len(text)-1] = d[1]
+		return n.keys.Seal(text, uint16(self)) != nil
+	}
 	d[0] = version
 	binary.BigEndian.PutUint16(d[2:], uint16(self))
 	binary.BigEndian.PutUint64(d[4:], n.session)
+	return true
 }
 
-// open finds the neighbour that sealed d; nil when nobody we know did.
-func (t *table) open(d []byte) *neighbour {
-	if len(d) < headerLen || d[0] != version {
-		return nil
+// open finds the neighbour that sent d and returns d as it was before it was
+// sealed, in the same memory. The error says why it is not to be taken.
+func (t *table) open(d []byte) (*neighbour, []byte, error) {
+	if len(d) < outerLen {
+		return nil, nil, errStranger
 	}
 	n := t.neighbour(peer.ShortID(binary.BigEndian.Uint16(d[2:])))
-	if n == nil || n.session != binary.BigEndian.Uint64(d[4:]) {
-		return nil
+	switch {
+	case n == nil:
+		return nil, nil, errStranger
+	case n.keys == nil:
+		if len(d) < headerLen || d[0] != version || n.session != binary.BigEndian.Uint64(d[4:]) {
+			return nil, nil, errStranger
+		}
+		return n, d, nil
+	case d[0] == version:
+		return nil, nil, errUnsealed
 	}
-	return n
+	d, err := n.keys.Open(d)
+	if err != nil {
+		return nil, nil, err
+	}
+	text := len(d) - 1
+	if text < outerLen {
+		return nil, nil, seal.ErrForged
+	}
+	d[1] = d[text]
+	return n, d[:text], nil
 }
 
 // put writes the header into d, but for what seal adds.

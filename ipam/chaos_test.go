@@ -28,6 +28,25 @@ func TestChaos(t *testing.T) {
 	}
 }
 
+// tally counts what calls came to.
+type tally struct {
+	calls  sync.WaitGroup
+	mu     sync.Mutex
+	counts map[string]int
+}
+
+func (c *tally) run(what string, call func() error) {
+	c.calls.Go(func() {
+		name := what
+		if err := call(); err != nil {
+			name += " failed"
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.counts[name]++
+	})
+}
+
 func storm(t *testing.T, w *world, steps int) {
 	w.loss = 0.2
 	for _, h := range w.add(5, consensus(5)) {
@@ -35,46 +54,9 @@ func storm(t *testing.T, w *world, steps int) {
 		h.start()
 	}
 	ctx, cancel := context.WithCancel(w.ctx)
-	var calls sync.WaitGroup
-	counts := map[string]int{}
-	var mu sync.Mutex
-	count := func(what string, err error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if err != nil {
-			what += " failed"
-		}
-		counts[what]++
-	}
+	count := &tally{counts: map[string]int{}}
 	for step := range steps {
-		h := w.peers[w.dice(len(w.peers))]
-		owner := fmt.Sprintf("c%d", w.dice(40))
-		subnet := netip.MustParsePrefix([]string{"10.32.0.0/23", "10.32.1.0/24", "10.32.0.64/27"}[w.dice(3)])
-		a := h.up()
-		switch what := w.dice(20); {
-		case a == nil:
-			h.crash() // in full, and back
-			h.start()
-		case what < 10:
-			calls.Go(func() {
-				_, err := a.Allocate(short(ctx, 20*time.Second), owner, subnet)
-				count("allocate", err)
-			})
-		case what < 12:
-			addr := netip.MustParseAddr("10.32.1.0").As4()
-			addr[3] = byte(w.dice(256))
-			calls.Go(func() {
-				count("claim", a.Claim(short(ctx, 20*time.Second), owner, netip.PrefixFrom(netip.AddrFrom4(addr), 24)))
-			})
-		case what < 15:
-			calls.Go(func() { count("free", a.FreeAll(owner)) })
-		case what < 17:
-			h.light(1 + w.dice(30))
-		case what < 19:
-			w.split()
-		default:
-			settle(time.Duration(w.dice(5000)) * time.Millisecond)
-		}
+		w.act(ctx, count)
 		if step%4 == 0 {
 			settle(time.Duration(w.dice(300)) * time.Millisecond)
 			w.check()
@@ -96,12 +78,42 @@ func storm(t *testing.T, w *world, steps int) {
 		h.must(fmt.Sprintf("after the storm %d", i), "10.32.0.0/23")
 	}
 	cancel()
-	calls.Wait()
-	w.checkEpochs()
-	if counts["allocate"] == 0 || counts["claim"] == 0 || counts["free"] == 0 {
-		t.Fatalf("nothing happened: %v", counts)
+	count.calls.Wait()
+	if count.counts["allocate"] == 0 || count.counts["claim"] == 0 || count.counts["free"] == 0 {
+		t.Fatalf("nothing happened: %v", count.counts)
 	}
-	t.Log(counts, "register version", w.peers[0].a.Status().Version)
+	t.Log(count.counts, "register version", w.peers[0].a.Status().Version)
+}
+
+// act lets one thing happen.
+func (w *world) act(ctx context.Context, count *tally) {
+	h := w.peers[w.dice(len(w.peers))]
+	owner := fmt.Sprintf("c%d", w.dice(40))
+	subnet := netip.MustParsePrefix([]string{"10.32.0.0/23", "10.32.1.0/24", "10.32.0.64/27"}[w.dice(3)])
+	a := h.up()
+	switch what := w.dice(20); {
+	case a == nil:
+		h.crash() // in full, and back
+		h.start()
+	case what < 10:
+		count.run("allocate", func() error {
+			_, err := a.Allocate(short(ctx, 20*time.Second), owner, subnet)
+			return err
+		})
+	case what < 12:
+		addr := netip.AddrFrom4([4]byte{10, 32, 1, byte(w.dice(256))})
+		count.run("claim", func() error {
+			return a.Claim(short(ctx, 20*time.Second), owner, netip.PrefixFrom(addr, 24))
+		})
+	case what < 15:
+		count.run("free", func() error { return a.FreeAll(owner) })
+	case what < 17:
+		h.light(1 + w.dice(30))
+	case what < 19:
+		w.split()
+	default:
+		settle(time.Duration(w.dice(5000)) * time.Millisecond)
+	}
 }
 
 func short(ctx context.Context, d time.Duration) context.Context {

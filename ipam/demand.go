@@ -140,7 +140,7 @@ func (a *Allocator) dutiesLocked(st *register.State, peers []peer.Name) (ops []r
 	}
 	slices.Sort(off)
 	if a.leaving {
-		if a.member {
+		if a.member && len(st.Members) > 1 {
 			ops = []register.Op{{Kind: register.OpLeave}}
 		}
 		return ops, off

@@ -149,8 +149,14 @@ func (a *Allocator) Leave(ctx context.Context) error {
 	a.poke()
 	ctx, cancel := context.WithTimeout(ctx, leaveWait)
 	defer cancel()
-	if err := a.until(ctx, func() (bool, error) { return !a.member, nil }); err != nil {
+	if err := a.until(ctx, func() (bool, error) { return !a.member || len(a.state.Members) == 1, nil }); err != nil {
 		return fmt.Errorf("addresses not handed back; run weave rmpeer %s on another host: %w", a.self.Name, err)
+	}
+	a.mu.Lock()
+	last := a.member
+	a.mu.Unlock()
+	if last {
+		return nil
 	}
 	a.poke()
 	ctx, cancelTell := context.WithTimeout(ctx, tellWait)
@@ -165,8 +171,9 @@ func (a *Allocator) Leave(ctx context.Context) error {
 		}
 		return heard == len(a.tell), nil
 	})
-	if heard > 0 {
-		return nil // they tell each other
+	if err == nil || heard > 0 { // those who know tell the others
+		return nil
 	}
-	return err
+	return fmt.Errorf("this peer has left, but no other one has confirmed that it knows; if weave status ipam lists %s on another host, run weave rmpeer %[1]s there: %w",
+		a.self.Name, err)
 }

@@ -98,7 +98,7 @@ func (a *Allocator) turn() time.Time {
 			break
 		}
 		if pass == 64 { // let others have the processor
-			again = now
+			again = now.Add(10 * time.Millisecond)
 			break
 		}
 	}

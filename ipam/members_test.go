@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -135,6 +136,23 @@ func TestLeaveHandsBack(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestAllLeaveAtOnce(t *testing.T) {
+	run(t, 1, func(t *testing.T, w *world) {
+		var all sync.WaitGroup
+		for _, h := range trio(t, w) {
+			all.Go(func() {
+				if err := h.a.FreeAll("c"); err != nil {
+					t.Error(err)
+				}
+				if err := h.a.Leave(w.within(time.Minute)); err != nil {
+					t.Errorf("%v leaves: %v", h.name, err)
+				}
+			})
+		}
+		all.Wait()
+	})
 }
 
 func TestEmptyLoneClusterGoesOver(t *testing.T) {

@@ -26,7 +26,8 @@ const (
 	// OpRemove removes peer To, which is off for good; its grants go to the
 	// sender.
 	OpRemove
-	// OpLeave removes the sender; its grants go to the pool.
+	// OpLeave removes the sender; its grants go to the pool. The last member
+	// cannot leave.
 	OpLeave
 )
 
@@ -248,10 +249,11 @@ func melt(sorted []Grant) []Grant {
 	return out
 }
 
-// remove ends the membership of name; its grants go to heir.
+// remove ends the membership of name; its grants go to heir. The last member
+// stays: a register that nobody keeps could never change again.
 func (s *State) remove(name, heir peer.Name) {
 	i, ok := s.find(name)
-	if !ok {
+	if !ok || len(s.Members) == 1 {
 		return
 	}
 	s.transfer(name, space.FromPrefix(s.Range), heir)

@@ -153,7 +153,7 @@ func (s *State) Validate() error {
 		return fmt.Errorf("register without a cluster id")
 	case !s.Range.IsValid() || s.Range != s.Range.Masked():
 		return fmt.Errorf("register of range %v", s.Range)
-	case len(s.Keepers) > MaxKeepers || len(s.Keepers) == 0 && len(s.Members) > 0:
+	case len(s.Keepers) > MaxKeepers || len(s.Keepers) == 0:
 		return fmt.Errorf("register with %d keepers", len(s.Keepers))
 	}
 	for i, m := range s.Members {

@@ -88,7 +88,7 @@ func build(t *testing.T, cfg lab.Config) *lab.Lab {
 
 // tellOf shows what helps to understand a failure.
 func tellOf(t *testing.T, l *lab.Lab) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 10*time.Second)
 	defer cancel()
 	for _, h := range l.Hosts {
 		r := h.Run(ctx, "sh", "-c", "weave status; weave status connections; weave status ipam; weave ps; echo; tail -n 40 /var/lib/weave/weave.log")
@@ -221,10 +221,10 @@ type connection struct {
 	line, way, address, state, path, peer, nick, attrs string
 }
 
-var connectionLine = regexp.MustCompile( //nolint:gochecknoglobals // a constant
+var connectionLine = regexp.MustCompile(
 	`^(->|<-) (\S+) +(established|pending|retrying|failed|connecting) *(.*)$`)
 
-var connectionInfo = regexp.MustCompile( //nolint:gochecknoglobals // a constant
+var connectionInfo = regexp.MustCompile(
 	`^(fastdp|sleeve) +(` + peerName + `)\((\S+)\) (.*)$`)
 
 func connections(ctx context.Context, h *lab.Host) ([]connection, error) {

@@ -75,10 +75,10 @@ func testPS(t *testing.T, c *container, device string) {
 	}
 	line := strings.Join(want, " ")
 	if got := weave(t, c.Host, "ps"); !slices.Contains(strings.Split(got, "\n"), line) {
-		t.Errorf("%s: ps has no line %q:\n%s", c.Host.Name, line, got)
+		t.Errorf("%s: ps has no line %q:\n%s", c.Name, line, got)
 	}
 	if got := weave(t, c.Host, "ps", id); got != line {
-		t.Errorf("%s: ps %s: %q, want %q", c.Host.Name, id, got, line)
+		t.Errorf("%s: ps %s: %q, want %q", c.Name, id, got, line)
 	}
 }
 

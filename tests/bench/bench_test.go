@@ -145,6 +145,15 @@ func TestJudge(t *testing.T) {
 	if !ok || math.Abs(x.Median-0.9) > 1e-9 || math.Abs(x.Max-0.9) > 1e-9 {
 		t.Errorf("%+v: rounds are compared with other rounds", x)
 	}
+	u := &underlayResult{Paths: []*pathResult{
+		{Name: "vxlan", Rounds: map[string][]float64{"tcp1": {4, 10}, "rtt50": {20, 11}}},
+		{Name: "fastdp", Rounds: map[string][]float64{"tcp1": {9, 5}, "rtt50": {22, 40}}},
+	}}
+	for q, want := range map[string]float64{"tcp1": 0.9, "rtt50": 2} {
+		if x, _ := compare(u, q, "fastdp", "vxlan"); math.Abs(x.Best-want) > 1e-9 {
+			t.Errorf("%s: best by best %g, want %g", q, x.Best, want)
+		}
+	}
 	var missed []string
 	for _, b := range r.Bars {
 		if !b.Met {
@@ -169,7 +178,7 @@ func TestReport(t *testing.T) {
 	if err := r.writeText(&text); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"TCP 1 stream, Gbit/s   40.0", "0.90 (0.90-0.90)   0.45 (0.45-0.45)", "1.20 (1.20-1.20)", "bar MISSED", "bar met"} {
+	for _, want := range []string{"TCP 1 stream, Gbit/s   40.0", "0.90 (0.90-0.90; 0.90)   0.45 (0.45-0.45; 0.45)", "1.20 (1.20-1.20; 1.20)", "bar MISSED", "bar met"} {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("%q is not in\n%s", want, text.String())
 		}

@@ -42,7 +42,8 @@ type machine struct {
 }
 
 // ratio compares a path of ours with another: the median over the rounds of
-// value by value of the same round, and the range.
+// value by value of the same round, and the range; and, as other work on the
+// machine only ever takes away, the best round of one by the best of the other.
 type ratio struct {
 	Underlay string  `json:"underlay"`
 	Quantity string  `json:"quantity"`
@@ -51,6 +52,7 @@ type ratio struct {
 	Median   float64 `json:"median"`
 	Min      float64 `json:"min"`
 	Max      float64 `json:"max"`
+	Best     float64 `json:"best"`
 }
 
 type bar struct {
@@ -149,7 +151,16 @@ func compare(u *underlayResult, quantity, name, to string) (ratio, bool) {
 	if len(all) == 0 {
 		return ratio{}, false
 	}
-	return ratio{u.Name, quantity, name, to, median(all), slices.Min(all), slices.Max(all)}, true
+	return ratio{u.Name, quantity, name, to, median(all), slices.Min(all), slices.Max(all),
+		best(quantity, a.Rounds[quantity]) / best(quantity, b.Rounds[quantity])}, true
+}
+
+// best is the most of what flows and the least of what it costs.
+func best(quantity string, values []float64) float64 {
+	if quantity == "tcp1" || quantity == "tcp4" || quantity == "udp" {
+		return slices.Max(values)
+	}
+	return slices.Min(values)
 }
 
 // median of at least one value.
@@ -168,7 +179,7 @@ func (r *report) writeJSON(w io.Writer) error {
 func (r *report) writeText(out io.Writer) error {
 	w := &bytes.Buffer{}
 	fmt.Fprintf(w, "%s, %d CPUs, Linux %s; load before: %s\n", r.Machine.Processor, r.Machine.CPUs, r.Machine.Kernel, r.Machine.Load)
-	fmt.Fprintf(w, "medians of %d rounds, TCP %d s, others %g s; ratios: median (range) of the rounds\n", r.Runs, r.Seconds, float64(r.Seconds)/2)
+	fmt.Fprintf(w, "medians of %d rounds, TCP %d s, others %g s; ratios: median of the rounds (range; best by best)\n", r.Runs, r.Seconds, float64(r.Seconds)/2)
 	fmt.Fprintln(w, "CPU: all that the machine worked meanwhile (/proc/stat), sender and receiver, per 10^9 bytes received")
 	for _, u := range r.Underlays {
 		fmt.Fprintln(w)
@@ -224,7 +235,7 @@ func (r *report) writeTable(out io.Writer, u *underlayResult) error {
 func (r *report) ratioText(underlay, quantity, path, to string) string {
 	for _, x := range r.Ratios {
 		if x.Underlay == underlay && x.Quantity == quantity && x.Path == path && x.To == to {
-			return fmt.Sprintf("%.2f (%.2f-%.2f)", x.Median, x.Min, x.Max)
+			return fmt.Sprintf("%.2f (%.2f-%.2f; %.2f)", x.Median, x.Min, x.Max, x.Best)
 		}
 	}
 	return "-"

@@ -177,7 +177,7 @@ func (s *scene) tcp(ctx context.Context, p path, streams, seconds int) (map[stri
 		return nil, err
 	}
 	r := p.from.host.Run(ctx, p.from.command("iperf3", "-J", "-c", p.to.addr.String(),
-		"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(streams), "-A", "0,1")...)
+		"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(streams))...)
 	after, errAfter := busyTime()
 	if errAfter != nil {
 		return nil, errAfter

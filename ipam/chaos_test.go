@@ -1,7 +1,6 @@
 package ipam
 
 import (
-	"context"
 	"fmt"
 	"net/netip"
 	"sync"
@@ -53,10 +52,9 @@ func storm(t *testing.T, w *world, steps int) {
 		h.cfg.Range = netip.MustParsePrefix("10.32.0.0/23") // small: donations are common
 		h.start()
 	}
-	ctx, cancel := context.WithCancel(w.ctx)
 	count := &tally{counts: map[string]int{}}
 	for step := range steps {
-		w.act(ctx, count)
+		w.act(count)
 		if step%4 == 0 {
 			settle(time.Duration(w.dice(300)) * time.Millisecond)
 			w.check()
@@ -77,7 +75,6 @@ func storm(t *testing.T, w *world, steps int) {
 	for i, h := range w.peers {
 		h.must(fmt.Sprintf("after the storm %d", i), "10.32.0.0/23")
 	}
-	cancel()
 	count.calls.Wait()
 	if count.counts["allocate"] == 0 || count.counts["claim"] == 0 || count.counts["free"] == 0 {
 		t.Fatalf("nothing happened: %v", count.counts)
@@ -86,7 +83,7 @@ func storm(t *testing.T, w *world, steps int) {
 }
 
 // act lets one thing happen.
-func (w *world) act(ctx context.Context, count *tally) {
+func (w *world) act(count *tally) {
 	h := w.peers[w.dice(len(w.peers))]
 	owner := fmt.Sprintf("c%d", w.dice(40))
 	subnet := netip.MustParsePrefix([]string{"10.32.0.0/23", "10.32.1.0/24", "10.32.0.64/27"}[w.dice(3)])
@@ -97,13 +94,13 @@ func (w *world) act(ctx context.Context, count *tally) {
 		h.start()
 	case what < 10:
 		count.run("allocate", func() error {
-			_, err := a.Allocate(short(ctx, 20*time.Second), owner, subnet)
+			_, err := a.Allocate(w.within(20*time.Second), owner, subnet)
 			return err
 		})
 	case what < 12:
 		addr := netip.AddrFrom4([4]byte{10, 32, 1, byte(w.dice(256))})
 		count.run("claim", func() error {
-			return a.Claim(short(ctx, 20*time.Second), owner, netip.PrefixFrom(addr, 24))
+			return a.Claim(w.within(20*time.Second), owner, netip.PrefixFrom(addr, 24))
 		})
 	case what < 15:
 		count.run("free", func() error { return a.FreeAll(owner) })
@@ -114,12 +111,6 @@ func (w *world) act(ctx context.Context, count *tally) {
 	default:
 		settle(time.Duration(w.dice(5000)) * time.Millisecond)
 	}
-}
-
-func short(ctx context.Context, d time.Duration) context.Context {
-	ctx, cancel := context.WithTimeout(ctx, d)
-	context.AfterFunc(ctx, cancel)
-	return ctx
 }
 
 // dice is a number from 0 to below n.

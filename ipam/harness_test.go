@@ -112,7 +112,9 @@ func (w *world) add(n int, init Bootstrap) []*host {
 			Changed: h.gossip,
 			Log:     slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
 		}
+		w.mu.Lock()
 		w.peers = append(w.peers, h)
+		w.mu.Unlock()
 	}
 	return w.peers[len(w.peers)-n:]
 }
@@ -227,12 +229,18 @@ func (w *world) carry(from, to peer.Name, payload []byte, deliver func(*Allocato
 			late += time.Duration(w.rand.Int64N(int64(3 * time.Second)))
 		}
 		time.AfterFunc(late, func() {
-			if a := w.peers[to-1].up(); a != nil {
+			if a := w.host(to).up(); a != nil {
 				deliver(a, payload)
 			}
 		})
 	}
 	return nil
+}
+
+func (w *world) host(name peer.Name) *host {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.peers[name-1]
 }
 
 func (w *world) reachable(of peer.Name) []peer.Name {
@@ -284,7 +292,7 @@ func (h *host) antiEntropy(ctx context.Context, a *Allocator) {
 		h.w.mu.Lock()
 		to := near[h.w.rand.IntN(len(near))]
 		h.w.mu.Unlock()
-		if other := h.w.peers[to-1].up(); other != nil && other.Digest() != a.Digest() {
+		if other := h.w.host(to).up(); other != nil && other.Digest() != a.Digest() {
 			h.w.share(a, h.name, to)
 		}
 	}
@@ -439,4 +447,11 @@ func (h *host) corrupt(key string) {
 		}
 		return b.Put(key, []byte{0xff})
 	})
+}
+
+// count is how many messages the peer has sent.
+func (h *host) count() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.sent
 }

@@ -31,7 +31,7 @@ const (
 func floors() [][]string {
 	return [][]string{
 		{"peer", "peer/state", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "tests/lab", "tests/setup"},
-		{"router/netdev/netdevtest"},
+		{"router/netdev/netdevtest", "peer/handshake"},
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"router/overlay/overlaytest"},
 		{"peer/gossip", "router/fastdp", "router/sleeve"},

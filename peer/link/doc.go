@@ -4,26 +4,9 @@
 //
 // # Handshake
 //
-// Both ends of a new TCP connection send, at once, integers big endian:
-//
-//	6 bytes  "weave/"
-//	1 byte   lowest protocol version spoken
-//	1 byte   highest protocol version spoken
-//
-// The highest version both speak is used (there is version 1 only). Then each
-// sends one handshake frame: 2 bytes length, 1 byte type, body. First of all an
-// intro (type 1):
-//
-//	8 bytes  nonce, random
-//	an Info  see package peer; its port is the sender's listening port
-//
-// The exclusive or of both nonces is the session of the link. Then both ends
-// give a verdict: welcome (type 2, empty) or refusal (type 3: 1 byte code,
-// reason as text). The end with the higher UID (the higher name, should these
-// be equal) speaks first, the other, the chair, last, so that of two links that
-// the same two peers open at one time the chair keeps the one it welcomed first
-// and both ends know which. An established link never gives way to a new one:
-// it ends when it is dead. Longer bodies are accepted and their tails ignored.
+// A new connection begins with the handshake of package handshake, and is
+// sealed from there on when there is a password. An established link never
+// gives way to a new one: it ends when it is dead.
 //
 // # Link
 //

@@ -31,11 +31,11 @@ var errFrame = errors.New("malformed frame")
 func frame(typ byte, body []byte) []byte {
 	b := make([]byte, headSize, headSize+len(body))
 	b[4] = typ
-	return seal(append(b, body...))
+	return withLength(append(b, body...))
 }
 
-// seal fills in the length of a complete frame.
-func seal(b []byte) []byte {
+// withLength fills in the length of a complete frame.
+func withLength(b []byte) []byte {
 	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
 	return b
 }
@@ -52,7 +52,7 @@ func recordFrames(records []peer.Record) [][]byte {
 		b = peer.AppendRecord(b, r)
 		if len(b) >= batchSize || i == len(records)-1 {
 			b[4] = typeRecords
-			frames = append(frames, seal(b))
+			frames = append(frames, withLength(b))
 			b = make([]byte, headSize, 1024)
 		}
 	}
@@ -88,7 +88,7 @@ func (d datagram) frame() []byte {
 	b = appendName(b, d.dst)
 	b = appendName(b, d.src)
 	b = append(b, d.kind)
-	return seal(append(b, d.payload...))
+	return withLength(append(b, d.payload...))
 }
 
 func parseDatagram(b []byte) (d datagram, err error) {
@@ -119,7 +119,7 @@ func (c broadcast) frame() []byte {
 	b = appendName(b, c.src)
 	b = binary.BigEndian.AppendUint64(b, c.seq)
 	b = append(b, c.kind)
-	return seal(append(b, c.payload...))
+	return withLength(append(b, c.payload...))
 }
 
 func parseBroadcast(b []byte) (c broadcast, err error) {

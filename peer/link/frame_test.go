@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/hex"
-	"errors"
-	"net"
 	"reflect"
 	"strings"
 	"testing"
@@ -24,7 +22,6 @@ func TestFrameLayouts(t *testing.T) {
 		"broadcast": {broadcast{63, 0xb2, 5, 9, []byte("hi")}.frame(), "00000013" + "04" + "3f" + "0000000000b2" + "0000000000000005" + "09" + "6869"},
 		"bye":       {frame(typeBye, []byte("x")), "00000002" + "05" + "78"},
 		"stream":    {streamTo{64, 0xa1, 0xb2}.head(), "01" + "40" + "0000000000a1" + "0000000000b2"},
-		"refusal":   {handshakeFrame(msgRefusal, []byte{refuseLimit, 'x'}), "0003" + "03" + "0478"},
 	} {
 		if got := hex.EncodeToString(c.got); got != c.want {
 			t.Errorf("%s: %s, want %s", what, got, c.want)
@@ -88,33 +85,6 @@ func FuzzParseFrames(f *testing.F) {
 			t.Errorf("stream %+v", s)
 		}
 		_, _ = parseRecords(b)
-		_ = parseRefusal(b)
-	})
-}
-
-// FuzzGreet throws bytes at the handshake.
-func FuzzGreet(f *testing.F) {
-	intro := peer.AppendInfo(make([]byte, 8), peer.Info{Name: 2, UID: 2})
-	f.Add(append([]byte("weave/\x01\x01"), handshakeFrame(msgIntro, intro)...))
-	f.Add([]byte("weave/\x02\x03"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		here, there := net.Pipe()
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_, _ = there.Read(make([]byte, 4096))
-			_, _ = there.Write(b)
-			_ = there.Close()
-		}()
-		h, err := greet(here, peer.Info{Name: 1, UID: 1}, 1, true)
-		if err == nil {
-			err = conclude(here, h, func() *refusal { return nil })
-		}
-		_ = here.Close()
-		<-done
-		if r := (*refusal)(nil); errors.As(err, &r) && strings.ContainsAny(r.reason, "\x1b\n\x00") {
-			t.Errorf("reason %q goes to terminals", r.reason)
-		}
 	})
 }
 

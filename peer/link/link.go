@@ -16,6 +16,8 @@ import (
 	"github.com/hashicorp/yamux"
 
 	"weave.local/peer"
+	"weave.local/peer/handshake"
+	"weave.local/router/seal"
 )
 
 const (
@@ -29,6 +31,8 @@ const (
 type link struct {
 	peer     peer.Info // as of the handshake
 	session  uint64
+	keys     *seal.Session // for the data path; nil: in clear
+	trusted  bool          // both ends trust the network between them
 	outbound bool
 	local    netip.AddrPort
 	remote   netip.AddrPort
@@ -46,11 +50,13 @@ type link struct {
 	done   chan struct{}
 }
 
-func newLink(h *handshake, conn *heardConn, now time.Time) *link {
+func newLink(h *handshake.Other, conn *heardConn, now time.Time) *link {
 	return &link{
-		peer:     h.peer,
-		session:  h.session,
-		outbound: h.outbound,
+		peer:     h.Info,
+		session:  h.Session,
+		keys:     h.Keys,
+		trusted:  h.Trusted,
+		outbound: h.Outbound,
 		local:    addrPort(conn.LocalAddr()),
 		remote:   addrPort(conn.RemoteAddr()),
 		began:    now,
@@ -193,7 +199,7 @@ func (l *link) receive(m *Mesh, control io.Reader) error {
 }
 
 func lost(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, yamux.ErrSessionShutdown) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, yamux.ErrSessionShutdown) {
 		return errors.New("closed by the other end")
 	}
 	return err

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/handshake"
+	"weave.local/router/seal"
 )
 
 // MaxPayload is the largest payload of a message, in bytes.
@@ -22,8 +24,8 @@ const MaxPayload = 256 << 10
 
 // Range of protocol versions spoken.
 const (
-	MinVersion = 1
-	MaxVersion = 1
+	MinVersion = handshake.MinVersion
+	MaxVersion = handshake.MaxVersion
 )
 
 const (
@@ -60,7 +62,13 @@ type Config struct {
 	Discovery bool
 	// ConnLimit is how many links there may be; 0: any number.
 	ConnLimit int
-	Log       *slog.Logger
+	// Key is that of the password, with which all links are sealed. Nil:
+	// there is none, and links are in clear.
+	Key *seal.Key
+	// Trusted are the subnets in which the data path to a peer may go in
+	// clear, although there is a password, if that peer says the same.
+	Trusted []netip.Prefix
+	Log     *slog.Logger
 }
 
 // Neighbour is a peer to which there is a live link.
@@ -70,6 +78,11 @@ type Neighbour struct {
 	Remote   netip.AddrPort // underlay address of the other end
 	Outbound bool           // dialled by us
 	Session  uint64         // random, known to both ends of this link only
+
+	// Keys are for the data path to this neighbour. Nil: it goes in clear,
+	// because there is no password or both ends trust the network.
+	Keys    *seal.Session
+	Trusted bool // there is a password, and both ends trust the network
 }
 
 // Stream is a stream that another peer opened to us.
@@ -104,6 +117,7 @@ type Mesh struct {
 	topo      *peer.Topology
 	links     map[peer.Name]*link
 	dials     *dialer
+	turned    turned
 	readers   map[chan struct{}]struct{}
 	windows   map[peer.Name]*window // broadcasts seen, by source
 	lastSeq   uint64                // of our broadcasts
@@ -148,6 +162,7 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		topo:     peer.NewTopology(cfg.Self, uint64(now.UnixNano())),
 		links:    make(map[peer.Name]*link),
 		dials:    newDialer(cfg.Self.Port),
+		turned:   make(turned),
 		readers:  make(map[chan struct{}]struct{}),
 		windows:  make(map[peer.Name]*window),
 		lastSeq:  uint64(now.UnixNano()),
@@ -228,7 +243,7 @@ func (m *Mesh) Neighbours() []Neighbour {
 	defer m.mu.Unlock()
 	out := make([]Neighbour, 0, len(m.links))
 	for _, l := range m.links {
-		n := Neighbour{Info: l.peer, Local: l.local, Remote: l.remote, Outbound: l.outbound, Session: l.session}
+		n := Neighbour{Info: l.peer, Local: l.local, Remote: l.remote, Outbound: l.outbound, Session: l.session, Keys: l.keys, Trusted: l.trusted}
 		if r, ok := m.topo.Record(n.Name); ok && r.UID == n.UID {
 			n.Info = r.Info // its short id may have changed since the handshake
 		}

@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"weave.local/peer"
+	"weave.local/peer/handshake"
 )
 
 // counters count what happened to messages and streams.
@@ -138,7 +139,7 @@ func (m *Mesh) handleFrame(l *link, typ byte, body []byte) error {
 			m.handleBroadcast(l, c)
 		}
 	case typeBye:
-		return errors.New("the other end closed the link: " + printable(body))
+		return errors.New("the other end closed the link: " + handshake.Printable(body))
 	}
 	if err != nil && !errors.Is(err, peer.ErrVersion) && m.count.malformed.Add(1) == 1 {
 		m.log.Warn("malformed frame ignored; further ones are only counted", "peer", l.peer.String(), "type", typ, "err", err)

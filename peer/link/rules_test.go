@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/handshake"
 )
 
 // Two live peers with one name: the second is refused by whoever knows the
@@ -140,7 +141,7 @@ func TestNothingIsLeft(t *testing.T) {
 
 // stranger shakes hands with n by itself. Its welcome stands for what it
 // thinks of the link.
-func stranger(t *testing.T, n *node, self peer.Info) (net.Conn, *handshake, error) {
+func stranger(t *testing.T, n *node, self peer.Info) (net.Conn, *handshake.Other, error) {
 	t.Helper()
 	c, err := net.Dial("tcp", netip.AddrPortFrom(n.addr, n.Self().Port).String())
 	if err != nil {
@@ -148,11 +149,11 @@ func stranger(t *testing.T, n *node, self peer.Info) (net.Conn, *handshake, erro
 	}
 	t.Cleanup(func() { _ = c.Close() })
 	_ = c.SetDeadline(time.Now().Add(handshakeWait))
-	h, err := greet(c, self, rand.Uint64(), true)
+	h, err := handshake.Greet(c, handshake.Self{Info: self, Nonce: rand.Uint64()}, true)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return c, h, conclude(c, h, func() *refusal { return nil })
+	return c, h, h.Conclude(func() *handshake.Refusal { return nil })
 }
 
 // Of two links that one peer opens, the chair keeps the first.
@@ -161,15 +162,15 @@ func TestChairKeepsTheFirstLink(t *testing.T) {
 	a := newHosts(t).start(1, nil, withUID(10))
 	self := peer.Info{Name: 2, UID: 20, ShortID: 3, Port: 1}
 	_, first, err := stranger(t, a, self)
-	if err != nil || first.chair {
+	if err != nil || first.Chair {
 		t.Fatalf("%+v %v", first, err)
 	}
 	_, _, err = stranger(t, a, self)
-	if r := (*refusal)(nil); !errors.As(err, &r) || r.code != refuseDuplicate || !r.remote {
+	if r := (*handshake.Refusal)(nil); !errors.As(err, &r) || r.Code != handshake.RefuseDuplicate || !r.Remote {
 		t.Fatalf("second link: %v", err)
 	}
-	if got := sessionOf(a, 2); got != first.session {
-		t.Errorf("session %x, want that of the first link, %x", got, first.session)
+	if got := sessionOf(a, 2); got != first.Session {
+		t.Errorf("session %x, want that of the first link, %x", got, first.Session)
 	}
 }
 
@@ -180,15 +181,15 @@ func TestChairReplacesALink(t *testing.T) {
 	a := newHosts(t).start(1, nil, withUID(10))
 	self := peer.Info{Name: 2, UID: 5, ShortID: 3, Port: 1}
 	old, first, err := stranger(t, a, self)
-	if err != nil || !first.chair {
+	if err != nil || !first.Chair {
 		t.Fatalf("%+v %v", first, err)
 	}
-	until(t, "first link", time.Second, func() bool { return sessionOf(a, 2) == first.session })
+	until(t, "first link", time.Second, func() bool { return sessionOf(a, 2) == first.Session })
 	_, second, err := stranger(t, a, self)
 	if err != nil {
 		t.Fatal(err)
 	}
-	until(t, "second link", time.Second, func() bool { return sessionOf(a, 2) == second.session })
+	until(t, "second link", time.Second, func() bool { return sessionOf(a, 2) == second.Session })
 	if _, err := io.Copy(io.Discard, old); err != nil {
 		t.Errorf("the old connection is not closed: %v", err)
 	}

@@ -10,9 +10,11 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/handshake"
 )
 
 const (
+	handshakeWait  = 5 * time.Second
 	maxGreeting    = 64                    // incoming connections that may be in their handshake
 	originateEvery = 50 * time.Millisecond // changes within it make one record
 	acceptPause    = 50 * time.Millisecond // after an error of accept, such as too many open files
@@ -157,12 +159,19 @@ func (m *Mesh) accept(ctx context.Context) {
 	}
 }
 
-func (m *Mesh) refused(conn net.Conn, h *handshake, err error) {
+func (m *Mesh) refused(conn net.Conn, h *handshake.Other, err error) {
 	who := ""
 	if h != nil {
-		who = h.peer.String()
+		who = h.Info.String()
 	}
-	if r := (*refusal)(nil); errors.As(err, &r) && (r.code == refuseCollision || r.code == refuseLimit) {
+	r := (*handshake.Refusal)(nil)
+	known := errors.As(err, &r)
+	if known && r.Code == handshake.RefusePassword {
+		m.mu.Lock()
+		known = m.turned.add(addrPort(conn.RemoteAddr()), r.Reason, time.Now())
+		m.mu.Unlock()
+	}
+	if known && (r.Code == handshake.RefuseCollision || r.Code == handshake.RefuseLimit || r.Code == handshake.RefusePassword) {
 		m.log.Warn("incoming link refused", "from", conn.RemoteAddr(), "peer", who, "err", err)
 		return
 	}
@@ -171,22 +180,23 @@ func (m *Mesh) refused(conn net.Conn, h *handshake, err error) {
 
 // greet does the handshake. On success the link is registered and must be
 // served; otherwise the connection is closed.
-func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, *handshake, error) {
+func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, *handshake.Other, error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(handshakeWait))
-	heard := newHeardConn(conn)
-	h, err := greet(heard, m.Self(), rand.Uint64(), outbound)
+	self := handshake.Self{Info: m.Self(), Nonce: rand.Uint64(), Key: m.cfg.Key, Trusted: m.trusts(conn.RemoteAddr())}
+	h, err := handshake.Greet(conn, self, outbound)
 	if err != nil {
 		_ = conn.Close()
 		return nil, nil, err
 	}
+	heard := newHeardConn(h.Conn)
 	var l *link
-	err = conclude(heard, h, func() *refusal {
+	err = h.Conclude(func() *handshake.Refusal {
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		r := m.admitLocked(h)
-		if r == nil && h.chair {
+		if r == nil && h.Chair {
 			l = m.registerLocked(h, heard)
 		}
 		return r
@@ -211,45 +221,46 @@ func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, 
 }
 
 // admitLocked decides whether we want a link.
-func (m *Mesh) admitLocked(h *handshake) *refusal {
-	p := h.peer
+func (m *Mesh) admitLocked(h *handshake.Other) *handshake.Refusal {
+	p := h.Info
 	if m.closed || !m.running {
-		return &refusal{code: refuseOther, reason: "this peer stops"}
+		return &handshake.Refusal{Code: handshake.RefuseOther, Reason: "this peer stops"}
 	}
 	if p.Name == m.self.Name {
 		if p.UID == m.self.UID {
-			return &refusal{code: refuseSelf, reason: "both ends are the same peer"}
+			return &handshake.Refusal{Code: handshake.RefuseSelf, Reason: "both ends are the same peer"}
 		}
-		return &refusal{code: refuseCollision, reason: fmt.Sprintf(
+		return &handshake.Refusal{Code: handshake.RefuseCollision, Reason: fmt.Sprintf(
 			"both ends have the name %s: start one of them with another --name", p.Name)}
 	}
 	old := m.links[p.Name]
 	if old == nil || old.ended() {
 		if !m.roomLocked() {
-			return &refusal{code: refuseLimit, reason: fmt.Sprintf("limit of %d links reached", m.cfg.ConnLimit)}
+			return &handshake.Refusal{Code: handshake.RefuseLimit, Reason: fmt.Sprintf("limit of %d links reached", m.cfg.ConnLimit)}
 		}
 		return nil
 	}
 	if old.peer.UID != p.UID {
-		return &refusal{code: refuseCollision, reason: fmt.Sprintf(
+		return &handshake.Refusal{Code: handshake.RefuseCollision, Reason: fmt.Sprintf(
 			"another peer with the name %s is linked from %s: start one of them with another --name", p.Name, old.remote)}
 	}
-	if h.chair {
-		return &refusal{code: refuseDuplicate, reason: "there is a link already"}
+	if h.Chair {
+		return &handshake.Refusal{Code: handshake.RefuseDuplicate, Reason: "there is a link already"}
 	}
 	return nil // the chair knows best
 }
 
 // registerLocked makes a link part of the mesh.
-func (m *Mesh) registerLocked(h *handshake, conn *heardConn) *link {
+func (m *Mesh) registerLocked(h *handshake.Other, conn *heardConn) *link {
 	now := time.Now()
 	l := newLink(h, conn, now)
-	if old := m.links[h.peer.Name]; old != nil {
+	if old := m.links[h.Info.Name]; old != nil {
 		old.stop(errors.New("replaced by a newer link"))
 	}
-	m.links[h.peer.Name] = l
+	m.links[h.Info.Name] = l
 	l.sendUrgent(recordFrames(m.topo.Snapshot().ReachableRecords()))
 	m.stale = true
+	m.turned.forget(l.remote)
 	m.count.links.Add(1)
 	m.changedLocked()
 	return l

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/handshake"
 )
 
 const (
@@ -40,15 +41,17 @@ type Connection struct {
 	Err      string    // why the last attempt or link ended
 	Retry    time.Time // of the next attempt when Failed; zero: never
 	Session  uint64    // when Connected
+	Sealed   bool      // when Connected: the data path is sealed
 }
 
-// Connections returns one entry for each live link, by name of the peer, and
-// then one for each target or discovered peer without link.
+// Connections returns one entry for each live link, by name of the peer, then
+// one for each target or discovered peer without link, and one for each address
+// that was turned away lately because of the password.
 func (m *Mesh) Connections() []Connection {
 	var out []Connection
 	for _, n := range m.Neighbours() {
 		out = append(out, Connection{
-			Addr: n.Remote.String(), Outbound: n.Outbound, State: Connected, Peer: n.Info, Session: n.Session,
+			Addr: n.Remote.String(), Outbound: n.Outbound, State: Connected, Peer: n.Info, Session: n.Session, Sealed: n.Keys != nil,
 		})
 	}
 	m.mu.Lock()
@@ -59,7 +62,8 @@ func (m *Mesh) Connections() []Connection {
 			rows[i].Peer = r.Info
 		}
 	}
-	return append(out, rows...)
+	out = append(out, rows...)
+	return append(out, m.turned.rows(out, time.Now())...)
 }
 
 // Targets returns the targets as they were given, sorted.
@@ -317,14 +321,14 @@ func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) 
 	l, h, err := m.greet(ctx, conn, true)
 	o := outcome{err: err}
 	if h != nil {
-		o.peer = h.peer.Name
+		o.peer = h.Info.Name
 		// Both ends refuse such a link, in words of their own; whichever
 		// comes first, this is what it means.
-		o.self = h.peer.UID == m.cfg.Self.UID && h.peer.Name == m.cfg.Self.Name
+		o.self = h.Info.UID == m.cfg.Self.UID && h.Info.Name == m.cfg.Self.Name
 	}
-	if r := (*refusal)(nil); errors.As(err, &r) {
-		o.collision = r.code == refuseCollision
-		if r.code == refuseDuplicate {
+	if r := (*handshake.Refusal)(nil); errors.As(err, &r) {
+		o.collision = r.Code == handshake.RefuseCollision
+		if r.Code == handshake.RefuseDuplicate {
 			o.err = nil
 		}
 	} else if err != nil {

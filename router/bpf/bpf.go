@@ -29,6 +29,7 @@ import (
 const (
 	FeatureLocalAddr   = 1 << iota // a tunnel key carries the source address
 	FeatureTunnelFlags             // flags of a tunnel key can be read: own errors about oversize frames are recognised
+	FeatureShortcut                // not of the kernel but wanted: unicast between announced endpoints goes past the bridge
 )
 
 // dirMode keeps the pins to root.
@@ -210,7 +211,7 @@ func (o *Objects) Config() (Config, error) {
 
 // counterNames are the enumerators of enum counter, in order.
 var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never written
-	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu",
+	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "shortcut",
 	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
 	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
 	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes",
@@ -227,6 +228,7 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	to_sleeve, from_sleeve handed to and taken from the user-space path
 //	probes                 probes taken from neighbours
 //	pmtu                   "too big" errors that the kernel made for senders
+//	shortcut               past the bridge, from or to a container here
 //	dropped_no_path        no way to the destination peer is known
 //	dropped_not_neighbour  from an underlay address that is no neighbour's
 //	dropped_own            claiming to come from this very peer

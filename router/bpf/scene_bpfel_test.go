@@ -29,7 +29,8 @@ type sceneCfg struct {
 type sceneEndpoint struct {
 	_       structs.HostLayout
 	Peer    uint16
-	Pad     [3]uint16
+	Pad     uint16
+	Ifindex uint32
 	Subnets struct {
 		_   structs.HostLayout
 		Key [8]uint64
@@ -74,6 +75,8 @@ type scenePort struct {
 	_       structs.HostLayout
 	Mac     [6]uint8
 	N_addrs uint16
+	Flags   uint32
+	Pad     uint32
 	Subnets struct {
 		_   structs.HostLayout
 		Key [8]uint64
@@ -117,6 +120,7 @@ const (
 	sceneMapTrees          = "trees"
 	sceneProgPortIn        = "port_in"
 	sceneProgPortOut       = "port_out"
+	sceneProgScenePortIn   = "scene_port_in"
 	sceneProgSceneTapIn    = "scene_tap_in"
 	sceneProgSceneVxlanIn  = "scene_vxlan_in"
 	sceneProgSceneVxlanOut = "scene_vxlan_out"
@@ -173,6 +177,7 @@ type sceneSpecs struct {
 type sceneProgramSpecs struct {
 	PortIn        *ebpf.ProgramSpec `ebpf:"port_in"`
 	PortOut       *ebpf.ProgramSpec `ebpf:"port_out"`
+	ScenePortIn   *ebpf.ProgramSpec `ebpf:"scene_port_in"`
 	SceneTapIn    *ebpf.ProgramSpec `ebpf:"scene_tap_in"`
 	SceneVxlanIn  *ebpf.ProgramSpec `ebpf:"scene_vxlan_in"`
 	SceneVxlanOut *ebpf.ProgramSpec `ebpf:"scene_vxlan_out"`
@@ -269,6 +274,7 @@ type sceneVariables struct {
 type scenePrograms struct {
 	PortIn        *ebpf.Program `ebpf:"port_in"`
 	PortOut       *ebpf.Program `ebpf:"port_out"`
+	ScenePortIn   *ebpf.Program `ebpf:"scene_port_in"`
 	SceneTapIn    *ebpf.Program `ebpf:"scene_tap_in"`
 	SceneVxlanIn  *ebpf.Program `ebpf:"scene_vxlan_in"`
 	SceneVxlanOut *ebpf.Program `ebpf:"scene_vxlan_out"`
@@ -282,6 +288,7 @@ func (p *scenePrograms) Close() error {
 	return _SceneClose(
 		p.PortIn,
 		p.PortOut,
+		p.ScenePortIn,
 		p.SceneTapIn,
 		p.SceneVxlanIn,
 		p.SceneVxlanOut,

@@ -88,3 +88,9 @@ int scene_vxlan_out(struct __sk_buff *skb)
 	struct cfg *c = get_config();
 	return c ? report(skb, transmit(skb, c)) : DROP;
 }
+
+SEC("tc")
+int scene_port_in(struct __sk_buff *skb)
+{
+	return report(skb, from_port(skb));
+}

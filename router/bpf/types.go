@@ -103,12 +103,14 @@ next:
 // Endpoint is what is known of the holder of an Ethernet address.
 type Endpoint struct {
 	Peer    uint16 // short id; 0: on this host
+	IfIndex uint32 // on this host: the veth that the shortcut leads into; 0: none
 	Subnets Subnets
 }
 
 // Port is a device of this host with what may be sent from it.
 type Port struct {
 	MAC     MAC
+	Veth    bool // one end of a veth pair: the shortcut may lead into the other
 	Subnets Subnets
 	N       int // how many of Addrs are in use
 	Addrs   [MaxAddrs]Addr
@@ -127,6 +129,31 @@ func PortOf(mac MAC, addrs []netip.Prefix) (Port, error) {
 		p.N++
 	}
 	return p, nil
+}
+
+// portVeth is PORT_VETH.
+const portVeth = 1
+
+// ipv6Subnet stands for the length of an IPv6 prefix, which is not kept.
+const ipv6Subnet = 64
+
+// Prefixes are the subnets of the port's addresses. Those of IPv6 are taken to
+// be as large as they usually are.
+func (p Port) Prefixes() []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range p.Subnets {
+		if s != 0 && s&ipv6Mark == 0 {
+			var a [4]byte
+			binary.BigEndian.PutUint32(a[:], uint32(s>>lengthBits))
+			out = append(out, netip.PrefixFrom(netip.AddrFrom4(a), int(s&(1<<lengthBits-1))-1))
+		}
+	}
+	for _, a := range p.Addrs[:p.N] {
+		if ip := netip.AddrFrom16(a); !ip.Is4In6() {
+			out = append(out, netip.PrefixFrom(ip, ipv6Subnet).Masked())
+		}
+	}
+	return out
 }
 
 func (o *Objects) bindTables() {
@@ -222,17 +249,20 @@ func subnetsFromRaw(raw [MaxSubnets]uint64) (s Subnets) {
 }
 
 func encodeEndpoint(k MAC, v Endpoint) (weaveMac, weaveEndpoint) {
-	e := weaveEndpoint{Peer: v.Peer}
+	e := weaveEndpoint{Peer: v.Peer, Ifindex: v.IfIndex}
 	e.Subnets.Key = rawSubnets(v.Subnets)
 	return weaveMac{B: k}, e
 }
 
 func decodeEndpoint(k weaveMac, v weaveEndpoint) (MAC, Endpoint) {
-	return k.B, Endpoint{Peer: v.Peer, Subnets: subnetsFromRaw(v.Subnets.Key)}
+	return k.B, Endpoint{Peer: v.Peer, IfIndex: v.Ifindex, Subnets: subnetsFromRaw(v.Subnets.Key)}
 }
 
 func encodePort(k uint32, v Port) (uint32, weavePort) {
 	p := weavePort{Mac: v.MAC, N_addrs: uint16(v.N)}
+	if v.Veth {
+		p.Flags |= portVeth
+	}
 	p.Subnets.Key = rawSubnets(v.Subnets)
 	for i, a := range v.Addrs {
 		p.Addrs[i].B = a
@@ -241,7 +271,7 @@ func encodePort(k uint32, v Port) (uint32, weavePort) {
 }
 
 func decodePort(k uint32, v weavePort) (uint32, Port) {
-	p := Port{MAC: v.Mac, N: int(v.N_addrs), Subnets: subnetsFromRaw(v.Subnets.Key)}
+	p := Port{MAC: v.Mac, Veth: v.Flags&portVeth != 0, N: int(v.N_addrs), Subnets: subnetsFromRaw(v.Subnets.Key)}
 	for i, a := range v.Addrs {
 		p.Addrs[i] = a.B
 	}

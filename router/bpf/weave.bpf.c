@@ -11,6 +11,11 @@
 //	container ── veth ──[port_out]── bridge ──[vxlan_in ]── vxlan ══ underlay
 //	                                    sleeve TAP ──[tap_in]──┘
 //
+// With FLAG_SHORTCUT, unicast between announced endpoints goes past the
+// bridge: port_in sends it into the overlay or into the other container
+// itself, and what arrives is put into the container where it is received.
+// The checks are the same. All else takes the way through the bridge.
+//
 // A VXLAN network identifier holds two short ids: source peer in bits 0-11,
 // destination peer in bits 12-23. Destination 0 marks a flooded frame, which
 // follows the broadcast tree of its source: it is accepted from the parent
@@ -49,6 +54,7 @@
 
 #define FLAG_LOCAL_ADDR 1   /* the tunnel key has a source address (6.0) */
 #define FLAG_TUNNEL_FLAGS 2 /* BPF_F_TUNINFO_FLAGS is known (6.1) */
+#define FLAG_SHORTCUT 4     /* wanted by the daemon: past the bridge */
 
 /* IP_TUNNEL_NOCACHE_BIT: only bpf_skb_set_tunnel_key sets it, the VXLAN
  * receiver never does. */
@@ -106,14 +112,19 @@ struct subnets {
 
 struct endpoint {
 	__u16 peer; /* 0: on this host */
-	__u16 pad[3];
+	__u16 pad;
+	__u32 ifindex; /* on this host: its veth, 0 if it has none */
 	struct subnets subnets;
 };
+
+#define PORT_VETH 1 /* the shortcut leads into the other end */
 
 /* a device of this host and what may be sent from it */
 struct port {
 	__u8 mac[6];
 	__u16 n_addrs;
+	__u32 flags; /* PORT_ */
+	__u32 pad;
 	struct subnets subnets;
 	struct addr addrs[MAX_ADDRS];
 };
@@ -138,6 +149,7 @@ enum counter {
 	COUNT_FROM_SLEEVE,
 	COUNT_PROBES,
 	COUNT_PMTU,
+	COUNT_SHORTCUT,
 	COUNT_DROPPED_NO_PATH,
 	COUNT_DROPPED_NOT_NEIGHBOUR,
 	COUNT_DROPPED_OWN,
@@ -411,6 +423,32 @@ static __always_inline int is_among(struct neighbour *from, __u32 id)
 	return 0;
 }
 
+static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
+{
+	for (int i = 0; i < MAX_SUBNETS; i++) {
+		if (!a->key[i])
+			break;
+		for (int j = 0; j < MAX_SUBNETS; j++) {
+			if (!b->key[j])
+				break;
+			if (a->key[i] == b->key[j])
+				return 1;
+		}
+	}
+	return 0;
+}
+
+/* Into the container of a local endpoint, past the bridge and port_out, whose
+ * check it makes. from is the sender's subnets. */
+static __always_inline int enter(struct __sk_buff *skb, struct subnets *from, struct endpoint *to)
+{
+	if (!share_subnet(from, &to->subnets))
+		return drop(COUNT_DROPPED_ISOLATED);
+	count(COUNT_SHORTCUT);
+	bpf_skb_change_type(skb, 0 /* PACKET_HOST, not done for us before 6.15 */);
+	return bpf_redirect_peer(to->ifindex, 0);
+}
+
 /* To the bridge, which sees everything come in by the VXLAN device. */
 static __always_inline int deliver(struct __sk_buff *skb, struct cfg *c, int by_tap)
 {
@@ -418,6 +456,24 @@ static __always_inline int deliver(struct __sk_buff *skb, struct cfg *c, int by_
 		return PASS;
 	skb->mark = MARK_DELIVER;
 	return bpf_redirect(c->vxlan_if, BPF_F_INGRESS);
+}
+
+/* A unicast frame for this host. */
+static __always_inline int deliver_unicast(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth, int by_tap)
+{
+	struct mac dst = {}, src = {};
+
+	if (!(c->flags & FLAG_SHORTCUT))
+		return deliver(skb, c, by_tap);
+	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
+	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
+	if (!to || to->peer || !to->ifindex)
+		return deliver(skb, c, by_tap);
+	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
+	struct endpoint *from = bpf_map_lookup_elem(&endpoints, &src);
+	if (!from)
+		return drop(COUNT_DROPPED_UNKNOWN_MAC);
+	return enter(skb, &from->subnets, to);
 }
 
 static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src,
@@ -472,7 +528,7 @@ static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct 
 		return take_flooded(skb, c, from, src, ttl, by_tap);
 	if (dst == c->self) {
 		count(COUNT_RX);
-		return deliver(skb, c, by_tap);
+		return deliver_unicast(skb, c, eth, by_tap);
 	}
 	if (ttl <= 1)
 		return drop(COUNT_DROPPED_HOP_LIMIT);
@@ -495,8 +551,10 @@ static __always_inline int receive_vxlan(struct __sk_buff *skb, struct cfg *c, s
 	 * own frame it goes to the bridge, for a relayed one back to its source. */
 	if (o->flags & TUNNEL_NOCACHE) {
 		count(COUNT_PMTU);
-		if (src == c->self)
-			return PASS;
+		if (src == c->self) {
+			struct ethhdr *eth = header(skb, sizeof(*eth));
+			return eth ? deliver_unicast(skb, c, eth, 0) : PASS;
+		}
 		if (!dst)
 			return DROP;
 		return send(skb, c, dst, src, HOP_LIMIT, 0, 0);
@@ -692,31 +750,50 @@ static __always_inline int is_honest(struct __sk_buff *skb, struct port *p)
 	return 1;
 }
 
+/* Unicast to an announced endpoint, past the bridge. */
+static __always_inline int take_shortcut(struct __sk_buff *skb, struct cfg *c, struct port *p)
+{
+	struct ethhdr *eth = header(skb, sizeof(*eth));
+	struct mac dst = {};
+
+	if (!eth)
+		return drop(COUNT_DROPPED_MALFORMED);
+	if (eth->h_dest[0] & 1)
+		return PASS;
+	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
+	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
+	if (!to)
+		return PASS;
+	if (to->peer) {
+		count(COUNT_TX);
+		count(COUNT_SHORTCUT);
+		return send(skb, c, c->self, to->peer, HOP_LIMIT, 0, 0);
+	}
+	if (!to->ifindex || to->ifindex == skb->ifindex)
+		return PASS;
+	return enter(skb, &p->subnets, to);
+}
+
+static __always_inline int from_port(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	struct cfg *c = get_config();
+
+	if (!p || !c)
+		return drop(COUNT_DROPPED_UNKNOWN_PORT);
+	if (!is_honest(skb, p))
+		return drop(COUNT_DROPPED_SPOOFED);
+	if (c->self && c->flags & FLAG_SHORTCUT)
+		return take_shortcut(skb, c, p);
+	return PASS;
+}
+
 /* ingress of the host side: what the container sends */
 SEC("tc")
 int port_in(struct __sk_buff *skb)
 {
-	__u32 ifindex = skb->ifindex;
-	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
-
-	if (!p)
-		return drop(COUNT_DROPPED_UNKNOWN_PORT);
-	return is_honest(skb, p) ? PASS : drop(COUNT_DROPPED_SPOOFED);
-}
-
-static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
-{
-	for (int i = 0; i < MAX_SUBNETS; i++) {
-		if (!a->key[i])
-			break;
-		for (int j = 0; j < MAX_SUBNETS; j++) {
-			if (!b->key[j])
-				break;
-			if (a->key[i] == b->key[j])
-				return 1;
-		}
-	}
-	return 0;
+	return from_port(skb);
 }
 
 /* egress of the host side: what the container is about to receive */

@@ -39,27 +39,29 @@ const (
 	weaveCounterCOUNT_FROM_SLEEVE           weaveCounter = 7
 	weaveCounterCOUNT_PROBES                weaveCounter = 8
 	weaveCounterCOUNT_PMTU                  weaveCounter = 9
-	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 10
-	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 11
-	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 12
-	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 13
-	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 14
-	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 15
-	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 16
-	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 17
-	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 18
-	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 19
-	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 20
-	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 21
-	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 22
-	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 23
-	weaveCounterCOUNT_MAX                   weaveCounter = 24
+	weaveCounterCOUNT_SHORTCUT              weaveCounter = 10
+	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 11
+	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 12
+	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 13
+	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 14
+	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 15
+	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 16
+	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 17
+	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 18
+	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 19
+	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 20
+	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 21
+	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 22
+	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 23
+	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 24
+	weaveCounterCOUNT_MAX                   weaveCounter = 25
 )
 
 type weaveEndpoint struct {
 	_       structs.HostLayout
 	Peer    uint16
-	Pad     [3]uint16
+	Pad     uint16
+	Ifindex uint32
 	Subnets struct {
 		_   structs.HostLayout
 		Key [8]uint64
@@ -106,6 +108,8 @@ type weavePort struct {
 	_       structs.HostLayout
 	Mac     [6]uint8
 	N_addrs uint16
+	Flags   uint32
+	Pad     uint32
 	Subnets struct {
 		_   structs.HostLayout
 		Key [8]uint64

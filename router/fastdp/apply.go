@@ -102,6 +102,7 @@ func (t *tables) warn(format string, args ...any) {
 func (d *DataPath) Apply(f overlay.Forwarding) error {
 	want := desired(f)
 	d.setNeighbours(f.Self, f.Neighbours, f.Partial)
+	d.checkRules()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.warnLocked(want.warnings)
@@ -138,27 +139,25 @@ func (d *DataPath) changesLocked(want tables) ([]bpf.Change, error) {
 	hops, err2 := d.objs.Hops.Towards(want.hops, nil)
 	trees, err3 := d.objs.Trees.Towards(want.trees, nil)
 	all := want.endpoints
-	for _, p := range d.ports { // a local port goes before any announcement
-		all[p.MAC] = bpf.Endpoint{Subnets: p.Subnets}
+	for index, p := range d.ports { // a local port goes before any announcement
+		all[p.MAC] = localEndpoint(index, p)
 	}
 	endpoints, err4 := d.objs.Endpoints.Towards(all, nil)
 	return []bpf.Change{neighbours, hops, trees, endpoints}, errors.Join(err1, err2, err3, err4)
 }
 
-// reconfigureLocked follows changes of the own short id and of the TAP.
+// reconfigureLocked follows changes of the own short id, of the TAP and of
+// what forbids the shortcut.
 func (d *DataPath) reconfigureLocked(f overlay.Forwarding) error {
 	c := d.config
 	c.TAP = d.findTAP()
 	if f.Self != 0 || !f.Partial {
 		c.Self = uint16(f.Self)
 	}
-	if c != d.config {
-		if err := d.objs.SetConfig(c); err != nil {
-			return err
-		}
-	}
 	moved := c.TAP != d.config.TAP
-	d.config = c
+	if err := d.setConfigLocked(c); err != nil {
+		return err
+	}
 	if !moved {
 		return nil
 	}

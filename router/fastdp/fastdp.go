@@ -43,6 +43,9 @@ import (
 	"maps"
 	"net/netip"
 	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"weave.local/peer"
 	"weave.local/router/bpf"
@@ -60,6 +63,11 @@ type Config struct {
 	TapName string      // device of the sleeve; it may come and go
 	OnProbe overlay.ProbeFunc
 	Log     *slog.Logger
+
+	// NoShortcut sends every frame through the bridge. Without it, unicast
+	// between announced endpoints goes past it, unless rules for bridged
+	// frames are in force, which would be passed by, too.
+	NoShortcut bool
 
 	noTCX bool // for tests: as on a kernel without it
 }
@@ -82,6 +90,8 @@ type DataPath struct {
 	ports    map[int]bpf.Port
 	remote   map[bpf.MAC]bpf.Endpoint // as announced, including those that a local port overrides
 	told     map[string]bool          // warnings given
+	barred   string                   // why frames do not go past the bridge, "" when they do
+	checked  time.Time                // when that was found out
 
 	// sendMu guards what follows: what Probe and MTU need.
 	sendMu     sync.Mutex
@@ -150,7 +160,11 @@ func (d *DataPath) setUp(undo *undoList) error {
 	if err := d.adopt(); err != nil {
 		return err
 	}
-	return d.attachTAP()
+	if err := d.attachTAP(); err != nil {
+		return err
+	}
+	d.checkRules()
+	return d.setConfigLocked(d.config)
 }
 
 func (d *DataPath) setUpBridge(undo *undoList) error {
@@ -197,8 +211,24 @@ func (d *DataPath) adoptConfig() error {
 	if err != nil {
 		return err
 	}
-	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.objs.Features()}
+	// Past the bridge or not is decided when the ports are known.
+	shortcut := old.Features & bpf.FeatureShortcut
+	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.objs.Features() | shortcut}
 	return d.objs.SetConfig(d.config)
+}
+
+// setConfigLocked gives the programs a configuration, with the features that
+// they may use by now.
+func (d *DataPath) setConfigLocked(c bpf.Config) error {
+	c.Features = d.featuresLocked()
+	if c == d.config {
+		return nil
+	}
+	if err := d.objs.SetConfig(c); err != nil {
+		return err
+	}
+	d.config = c
+	return nil
 }
 
 // findTAP is the index of the sleeve's device, 0 when it is not there.
@@ -283,13 +313,19 @@ func (d *DataPath) Name() string { return overlay.FastDP }
 // names.
 func (d *DataPath) Counters() (map[string]uint64, error) { return d.objs.Counters() }
 
-// Run passes arriving probes on until ctx ends.
+// Run passes arriving probes on, and watches for rules that concern bridged
+// frames, until ctx ends.
 func (d *DataPath) Run(ctx context.Context) error {
-	return d.objs.ReadProbes(ctx, func(p bpf.Probe) {
-		if d.cfg.OnProbe != nil {
-			d.cfg.OnProbe(overlay.FastDP, peer.ShortID(p.From), p.Token, p.Size)
-		}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.watchRules(ctx) })
+	g.Go(func() error {
+		return d.objs.ReadProbes(ctx, func(p bpf.Probe) {
+			if d.cfg.OnProbe != nil {
+				d.cfg.OnProbe(overlay.FastDP, peer.ShortID(p.From), p.Token, p.Size)
+			}
+		})
 	})
+	return g.Wait()
 }
 
 // Close lets go of the kernel's objects, to be called after Run has ended.

@@ -20,8 +20,10 @@ import (
 
 There is no cable between A and C: B relays in the kernel.
 */
-func TestThreeHosts(t *testing.T) {
-	l := newLine(t, 1500, 1500)
+func TestThreeHosts(t *testing.T) { eachWay(t, testThreeHosts) }
+
+func testThreeHosts(t *testing.T, k kind) {
+	l := newLineOf(t, k, 1500, 1500)
 	a, b, c := l[0], l[1], l[2]
 	a1, a2 := a.container("10.32.0.1/24"), a.container("10.32.1.1/24")
 	b1 := b.container("10.32.0.2/24")
@@ -55,6 +57,7 @@ func TestThreeHosts(t *testing.T) {
 			t.Errorf("%s reaches %s in another subnet", x.from.addr(), x.to.addr())
 		}
 	}
+	l.checkWay(k)
 	for _, h := range l {
 		// What the bridge sent before there was a short id is not counted here.
 		if h.counter("dropped_no_path") != early[h.id] {
@@ -92,8 +95,10 @@ func udp(srcMAC, dstMAC overlay.MAC, src, dst netip.Addr) []byte {
 // Raw sockets do not get a container across: what its port does not own is
 // dropped where it leaves, what is not of the receiver's subnet where it would
 // arrive.
-func TestCraftedFrames(t *testing.T) {
-	l := newLine(t, 1500)
+func TestCraftedFrames(t *testing.T) { eachWay(t, testCraftedFrames) }
+
+func testCraftedFrames(t *testing.T, k kind) {
+	l := newLineOf(t, k, 1500)
 	a, b := l[0], l[1]
 	a1, a2 := a.container("10.32.0.1/24"), a.container("10.32.1.1/24")
 	b1 := b.container("10.32.0.2/24")
@@ -163,8 +168,10 @@ func wait(t *testing.T, what string, ok func() bool) {
 
 // A path that is narrower than the bridge says so to the containers, also
 // where the narrow part is behind a relay.
-func TestPathMTU(t *testing.T) {
-	l := newLine(t, 1500, 1300)
+func TestPathMTU(t *testing.T) { eachWay(t, testPathMTU) }
+
+func testPathMTU(t *testing.T, k kind) {
+	l := newLineOf(t, k, 1500, 1300)
 	a1, c1 := l[0].container("10.32.0.1/24"), l[2].container("10.32.0.3/24")
 	b1 := l[1].container("10.32.0.2/24")
 	b1.echo()
@@ -182,6 +189,7 @@ func TestPathMTU(t *testing.T) {
 	if mtu := b1.pathMTU(c1.addr(), 1400); mtu != 1250 {
 		t.Errorf("b1 learnt MTU %d on the way to c1, want 1250", mtu)
 	}
+	l.checkWay(k)
 	// Without DF it gets through in fragments.
 	if !a1.reaches(c1.addr(), 9000) {
 		t.Error("fragments do not arrive")
@@ -189,8 +197,10 @@ func TestPathMTU(t *testing.T) {
 }
 
 // The exposed host is an endpoint like any other, but may route for others.
-func TestExposedHost(t *testing.T) {
-	l := newLine(t, 1500, 1300)
+func TestExposedHost(t *testing.T) { eachWay(t, testExposedHost) }
+
+func testExposedHost(t *testing.T, k kind) {
+	l := newLineOf(t, k, 1500, 1300)
 	a, c := l[0], l[2]
 	c1 := c.container("10.32.0.3/24")
 	c1.echo()
@@ -253,7 +263,7 @@ func TestConformance(t *testing.T) {
 	}{"Ethernet": {false, 1500, overhead4}, "JumboIPv6": {true, 9000, overhead6}} {
 		t.Run(name, func(t *testing.T) {
 			overlaytest.Run(t, func(t *testing.T) overlaytest.Pair {
-				l := newLineOver(t, c.ipv6, c.mtu)
+				l := newLineOf(t, kind{ipv6: c.ipv6}, c.mtu)
 				end := func(i int) overlaytest.End {
 					return overlaytest.End{Path: inside{l[i].dp, l[i].space}, Probes: l[i].probes, Forwarding: l.forwarding(i, nil)}
 				}
@@ -264,8 +274,11 @@ func TestConformance(t *testing.T) {
 }
 
 // The underlay may be IPv6: relaying, flooding and path MTU are the same.
-func TestIPv6Underlay(t *testing.T) {
-	l := newLineOver(t, true, 1500, 1400)
+func TestIPv6Underlay(t *testing.T) { eachWay(t, testIPv6Underlay) }
+
+func testIPv6Underlay(t *testing.T, k kind) {
+	k.ipv6 = true
+	l := newLineOf(t, k, 1500, 1400)
 	a1, c1 := l[0].container("10.32.0.1/24"), l[2].container("10.32.0.3/24")
 	a1.echo()
 	c1.echo()

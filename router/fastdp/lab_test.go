@@ -177,7 +177,13 @@ func (h *host) remove() {
 
 func started(t *testing.T, id peer.ShortID) *host {
 	t.Helper()
+	return startedWith(t, id, kind{})
+}
+
+func startedWith(t *testing.T, id peer.ShortID, k kind) *host {
+	t.Helper()
 	h := newHost(t, id)
+	h.ipv6, h.cfg.NoShortcut = k.ipv6, k.bridged
 	t.Cleanup(h.remove)
 	h.start()
 	return h
@@ -245,17 +251,38 @@ type line []*host
 
 func newLine(t *testing.T, mtus ...int) line {
 	t.Helper()
-	return newLineOver(t, false, mtus...)
+	return newLineOf(t, kind{}, mtus...)
 }
 
-// newLineOver has an underlay of IPv6 or of IPv4.
-func newLineOver(t *testing.T, ipv6 bool, mtus ...int) line {
+// kind is what hosts may differ in.
+type kind struct {
+	ipv6    bool // is the underlay
+	bridged bool // no frame goes past the bridge
+}
+
+// eachWay tests both ways that frames take: past the bridge and through it.
+func eachWay(t *testing.T, f func(t *testing.T, k kind)) {
 	t.Helper()
-	l := line{started(t, 1)}
-	l[0].ipv6 = ipv6
+	for name, k := range map[string]kind{"shortcut": {}, "bridged": {bridged: true}} {
+		t.Run(name, func(t *testing.T) { f(t, k) })
+	}
+}
+
+// checkWay sees that frames took the way they ought to.
+func (l line) checkWay(k kind) {
+	l[0].t.Helper()
+	for _, h := range l {
+		if n := h.counter("shortcut"); (n == 0) != k.bridged && len(h.containers) > 0 {
+			h.t.Errorf("host %d: %d frames went past the bridge", h.id, n)
+		}
+	}
+}
+
+func newLineOf(t *testing.T, k kind, mtus ...int) line {
+	t.Helper()
+	l := line{startedWith(t, 1, k)}
 	for i, mtu := range mtus {
-		l = append(l, started(t, peer.ShortID(i+2)))
-		l[i+1].ipv6 = ipv6
+		l = append(l, startedWith(t, peer.ShortID(i+2), k))
 		join(l[i], l[i+1], mtu)
 	}
 	return l

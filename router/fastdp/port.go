@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"weave.local/router/bpf"
+	"weave.local/router/netdev"
 	"weave.local/router/overlay"
 )
 
@@ -16,13 +17,18 @@ func (d *DataPath) SetPort(p overlay.Port) error {
 	if err != nil {
 		return fmt.Errorf("port %s: %w", p.IfName, err)
 	}
+	dev, err := netdev.DeviceByIndex(p.IfIndex)
+	if err != nil {
+		return fmt.Errorf("port %s: %w", p.IfName, err)
+	}
+	port.Veth = dev.Kind == "veth"
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	old, replaced := d.ports[p.IfIndex]
 	// The tables first: no program may meet a port that it does not know.
 	err = errors.Join(
 		d.objs.Ports.Put(uint32(p.IfIndex), port),
-		d.objs.Endpoints.Put(port.MAC, bpf.Endpoint{Subnets: port.Subnets}))
+		d.objs.Endpoints.Put(port.MAC, localEndpoint(p.IfIndex, port)))
 	if err != nil {
 		return err
 	}
@@ -42,6 +48,15 @@ func (d *DataPath) SetPort(p overlay.Port) error {
 		return fmt.Errorf("port %s: %w", p.IfName, err)
 	}
 	return nil
+}
+
+// localEndpoint is the holder of a port's address.
+func localEndpoint(index int, p bpf.Port) bpf.Endpoint {
+	e := bpf.Endpoint{Subnets: p.Subnets}
+	if p.Veth {
+		e.IfIndex = uint32(index)
+	}
+	return e
 }
 
 func (d *DataPath) attachPort(index int) error {
@@ -76,9 +91,9 @@ func (d *DataPath) removePortLocked(index int) error {
 // releaseMACLocked gives an address back that a port held: to another port
 // with the same one, else to the peer that announces it, else to nobody.
 func (d *DataPath) releaseMACLocked(mac bpf.MAC) error {
-	for _, p := range d.ports {
+	for index, p := range d.ports {
 		if p.MAC == mac {
-			return d.objs.Endpoints.Put(mac, bpf.Endpoint{Subnets: p.Subnets})
+			return d.objs.Endpoints.Put(mac, localEndpoint(index, p))
 		}
 	}
 	if e, ok := d.remote[mac]; ok {

@@ -75,8 +75,10 @@ func splice(t *testing.T, a, b *host, tapA, tapB *os.File) {
 A and B reach each other by user space only; B relays between the two paths,
 both ways, and floods from one into the other.
 */
-func TestSleeveAndRelay(t *testing.T) {
-	l := newLine(t, 1500, 1500)
+func TestSleeveAndRelay(t *testing.T) { eachWay(t, testSleeveAndRelay) }
+
+func testSleeveAndRelay(t *testing.T, k kind) {
+	l := newLineOf(t, k, 1500, 1500)
 	a, b := l[0], l[1]
 	a1, b1, c1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24"), l[2].container("10.32.0.3/24")
 	a1.echo()

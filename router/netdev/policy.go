@@ -1,0 +1,116 @@
+package netdev
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
+	"golang.org/x/sys/unix"
+)
+
+// Families of netfilter that see frames apart from those of IP.
+const (
+	nfFamilyNetdev = 5
+	nfFamilyBridge = 7
+)
+
+// nfDrop is the policy of a chain that drops what no rule is about.
+const nfDrop = 0
+
+// FrameRules says what in this network namespace filters frames by rules of
+// their own, as opposed to the packets inside: nftables of the families bridge
+// and netdev, or ebtables. It is "" when nothing does.
+func FrameRules() (string, error) {
+	for family, name := range map[uint8]string{nfFamilyBridge: "bridge", nfFamilyNetdev: "netdev"} {
+		active, err := hasRules(family)
+		if err != nil {
+			return "", err
+		}
+		if active {
+			return "nftables has rules of the family " + name, nil
+		}
+	}
+	// The old ebtables does not tell without loading its own modules.
+	for _, table := range []string{"ebtable_filter", "ebtable_nat", "ebtable_broute"} {
+		if _, err := os.Stat(filepath.Join("/sys/module", table)); err == nil {
+			return "ebtables is in use", nil
+		}
+	}
+	return "", nil
+}
+
+// hasRules says whether nftables of a family has a rule, or a chain that drops.
+func hasRules(family uint8) (bool, error) {
+	rules, err := dumpNFTables(unix.NFT_MSG_GETRULE, family)
+	if err != nil || len(rules) > 0 {
+		return len(rules) > 0, err
+	}
+	chains, err := dumpNFTables(unix.NFT_MSG_GETCHAIN, family)
+	if err != nil {
+		return false, err
+	}
+	for _, c := range chains {
+		attrs, err := nl.ParseRouteAttr(c[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return false, fmt.Errorf("nftables: %w", err)
+		}
+		for _, a := range attrs {
+			if a.Attr.Type == unix.NFTA_CHAIN_POLICY && len(a.Value) >= 4 && binary.BigEndian.Uint32(a.Value) == nfDrop {
+				return true, nil
+			}
+		}
+	}
+	return false, nil
+}
+
+// dumpNFTables is empty where the kernel has no nftables.
+func dumpNFTables(message int, family uint8) ([][]byte, error) {
+	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|message, unix.NLM_F_DUMP)
+	req.AddData(&nl.Nfgenmsg{NfgenFamily: family, Version: nl.NFNETLINK_V0})
+	out, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	switch {
+	case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.ENOENT):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("nftables: %w", err)
+	}
+	return slices.DeleteFunc(out, func(m []byte) bool { return len(m) < nl.SizeofNfgenmsg }), nil
+}
+
+// PacketRulesSeeFrames says whether the rules for IP packets (iptables and its
+// like) are also asked about what a bridge merely passes on.
+func PacketRulesSeeFrames(bridge string) bool {
+	for _, what := range []string{"iptables", "ip6tables", "arptables"} {
+		if v, err := Sysctl("bridge/bridge-nf-call-" + what); err == nil && v != "0" {
+			return true
+		}
+		v, err := os.ReadFile(filepath.Join("/sys/class/net", bridge, "bridge", "nf_call_"+what))
+		if err == nil && len(v) > 0 && v[0] != '0' {
+			return true
+		}
+	}
+	return false
+}
+
+// TrafficControl returns one of the devices that has a queueing discipline,
+// with its kind; 0 when none has. clsact, which only holds filters, counts
+// unless allowed.
+func TrafficControl(devices []int, allowClsact bool) (index int, kind string, err error) {
+	list, err := netlink.QdiscList(nil)
+	if err != nil {
+		return 0, "", fmt.Errorf("list queueing disciplines: %w", err)
+	}
+	for _, q := range list {
+		kind := q.Type()
+		if kind == "noqueue" || kind == "clsact" && allowClsact || !slices.Contains(devices, q.Attrs().LinkIndex) {
+			continue
+		}
+		return q.Attrs().LinkIndex, kind, nil
+	}
+	return 0, "", nil
+}

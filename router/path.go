@@ -71,6 +71,7 @@ type pathState struct {
 	wasUp     bool
 	sendErr   string
 	reason    string // why the path is not up
+	barred    string // why it must not be used at all; empty when it may
 }
 
 func newPathState(name string, now time.Time) *pathState {
@@ -78,11 +79,23 @@ func newPathState(name string, now time.Time) *pathState {
 }
 
 // usable says that frames pass in both directions.
-func (p *pathState) usable() bool { return p.up && p.peerUp }
+func (p *pathState) usable() bool { return p.barred == "" && p.up && p.peerUp }
+
+// bar forbids the path for a reason, or allows it when there is none. One that
+// was forbidden has to prove itself again.
+func (p *pathState) bar(reason string, now time.Time) {
+	if p.barred == "" && reason != "" {
+		p.fall(now, "not yet answered")
+		clear(p.pending)
+	}
+	p.barred = reason
+}
 
 // why says in words why the path is not usable; empty when it is.
 func (p *pathState) why() string {
 	switch {
+	case p.barred != "":
+		return p.barred
 	case !p.up && p.sendErr != "":
 		return p.sendErr
 	case !p.up:
@@ -106,6 +119,9 @@ func (p *pathState) interval(now time.Time) time.Duration {
 // tick returns the sizes of the probes that are due. limit is what the path
 // itself believes it can carry now; 0 when it does not know the neighbour.
 func (p *pathState) tick(now time.Time, limit int) []int {
+	if p.barred != "" {
+		return nil
+	}
 	p.setLimit(limit)
 	p.expire(now)
 	if p.up && now.Sub(p.lastAck) > deadAfter {

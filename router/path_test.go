@@ -150,3 +150,21 @@ func TestLateAndForeignAnswersAreIgnored(t *testing.T) {
 		t.Error("up by an answer that belongs to no probe in flight")
 	}
 }
+
+// A path that is barred is not probed and not used, whatever it was before, and
+// proves itself anew when it is allowed again.
+func TestBarredPath(t *testing.T) {
+	w := newWire(t, 1500, 1450)
+	w.until("up", time.Second, w.p.usable)
+	w.p.bar("because", w.now)
+	sent := w.token
+	w.run(10 * time.Second)
+	if w.p.usable() || w.p.up || w.token != sent || w.p.why() != "because" {
+		t.Errorf("usable %v, up %v, %d probes, %q", w.p.usable(), w.p.up, w.token-sent, w.p.why())
+	}
+	w.p.bar("", w.now)
+	if w.p.usable() {
+		t.Error("usable without proof")
+	}
+	w.until("up again", 2*time.Second, w.p.usable)
+}

@@ -1,6 +1,7 @@
 package router
 
 import (
+	"maps"
 	"slices"
 
 	"weave.local/peer"
@@ -147,6 +148,24 @@ func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
 		}
 	}
 	slices.SortFunc(f.Neighbours, func(a, b overlay.Neighbour) int { return int(a.ShortID) - int(b.ShortID) })
+	return f
+}
+
+// lawful is f without what a path must not do: neither carry frames to
+// neighbours to which it is barred nor take any from them.
+func lawful(f overlay.Forwarding, path string) overlay.Forwarding {
+	off := make(map[peer.ShortID]bool)
+	for _, n := range f.Neighbours {
+		if barred(n, path) != "" {
+			off[n.ShortID] = true
+		}
+	}
+	if len(off) == 0 {
+		return f
+	}
+	f.Neighbours = slices.DeleteFunc(slices.Clone(f.Neighbours), func(n overlay.Neighbour) bool { return off[n.ShortID] })
+	f.Hops = maps.Clone(f.Hops)
+	maps.DeleteFunc(f.Hops, func(_ peer.ShortID, h overlay.Hop) bool { return h.Path == path && off[h.Via] })
 	return f
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"weave.local/peer"
 	"weave.local/router/overlay"
+	"weave.local/router/seal"
 )
 
 // Peers of the tests: this one is a.
@@ -171,5 +172,34 @@ func TestPlanGivesAReusedShortIDToItsNewOwner(t *testing.T) {
 	hop(t, f, c, b, overlay.FastDP) // the short id of c, now that of d
 	if isNeighbour(f, c) {
 		t.Error("the old owner of the short id is still a neighbour")
+	}
+}
+
+// A path that cannot seal knows nothing of neighbours with keys.
+func TestLawful(t *testing.T) {
+	sealed := neighbourOf(2)
+	sealed.Keys = new(seal.Session)
+	f := overlay.Forwarding{
+		Neighbours: []overlay.Neighbour{neighbourOf(1), sealed},
+		Hops:       map[peer.ShortID]overlay.Hop{},
+	}
+	for i := range f.Neighbours {
+		f.Neighbours[i].ShortID = peer.ShortID(i + 1)
+	}
+	for dst := range peer.ShortID(4) {
+		f.Hops[dst+1] = overlay.Hop{Via: dst%2 + 1, Path: []string{overlay.FastDP, overlay.Sleeve}[dst/2]}
+	}
+	got := lawful(f, overlay.FastDP)
+	if len(got.Neighbours) != 1 || got.Neighbours[0].ShortID != 1 {
+		t.Errorf("neighbours %v", got.Neighbours)
+	}
+	if _, ok := got.Hops[2]; ok || len(got.Hops) != 3 {
+		t.Errorf("hops %v", got.Hops)
+	}
+	if got := lawful(f, overlay.Sleeve); len(got.Neighbours) != 2 || len(got.Hops) != 4 {
+		t.Errorf("sleeve gets %v", got)
+	}
+	if len(f.Neighbours) != 2 || len(f.Hops) != 4 {
+		t.Error("the forwarding itself is changed")
 	}
 }

@@ -29,6 +29,9 @@ func (r *Router) refresh(now time.Time) {
 			r.neighbours[l.Name] = n
 		}
 		n.Neighbour = toOverlay(l)
+		for _, p := range n.paths {
+			p.bar(barred(n.Neighbour, p.name), now)
+		}
 		n.outbound, n.addr = l.Outbound, l.Remote.String()
 		if l.ShortID != 0 {
 			r.byShortID[l.ShortID] = l.Name
@@ -55,7 +58,16 @@ func toOverlay(l link.Neighbour) overlay.Neighbour {
 		Local:   l.Local.Addr().Unmap(),
 		Remote:  l.Remote.Addr().Unmap(),
 		Session: l.Session,
+		Keys:    l.Keys,
 	}
+}
+
+// barred says why a path must not be used to a neighbour; empty when it may.
+func barred(n overlay.Neighbour, path string) string {
+	if n.Keys != nil && path == overlay.FastDP {
+		return "would send in clear (to allow it, name the subnet in --trusted-subnets at both ends)"
+	}
+	return ""
 }
 
 type dueProbe struct {

@@ -272,7 +272,7 @@ func (r *Router) apply(partial bool) error {
 	f.Partial = partial
 	var errs []error
 	for _, p := range r.all {
-		if err := p.Apply(f); err != nil {
+		if err := p.Apply(lawful(f, p.Name())); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", p.Name(), err))
 		}
 	}

@@ -150,7 +150,7 @@ func TestSealedTraffic(t *testing.T) {
 	first, second := sessions(t)()
 	a.host.sealTo(t, forwarding(1, addr4, 2), first)
 	b.host.sealTo(t, forwarding(2, addr4, 1), second)
-	if mtu, want := a.host.path.MTU(2), 1500-ipv4Overhead-headerLen-tailLen-14; mtu != want {
+	if mtu, want := a.host.path.MTU(2), 1500-SealedOverhead; mtu != want {
 		t.Errorf("MTU is %d, want %d", mtu, want)
 	}
 	if err := a.host.path.Probe(2, 7, a.host.path.MTU(2)); err != nil {

@@ -18,6 +18,10 @@ const (
 	tailLen   = 1 + seal.TailLen
 )
 
+// SealedOverhead is what the path over IPv4 adds to an IP packet for a neighbour
+// with keys, in bytes, Ethernet header of the packet's frame included.
+const SealedOverhead = ipv4Overhead + headerLen + frame.EthernetLen + tailLen
+
 // Why a datagram is not taken, besides what package seal says.
 var (
 	errStranger = errors.New("no neighbour sends with that short id and session")

@@ -35,6 +35,7 @@ func (s *Server) routerReport() *RouterReport {
 		Protocol:           "weave",
 		ProtocolMinVersion: link.MinVersion,
 		ProtocolMaxVersion: link.MaxVersion,
+		Encryption:         s.cfg.Encryption,
 		PeerDiscovery:      s.cfg.Discover,
 		Name:               self.Name.String(),
 		NickName:           self.NickName,
@@ -42,6 +43,9 @@ func (s *Server) routerReport() *RouterReport {
 		Connections:        s.connections(),
 		Targets:            s.cfg.Mesh.Targets(),
 		Interface:          s.cfg.Bridge,
+	}
+	for _, p := range s.cfg.Trusted {
+		r.TrustedSubnets = append(r.TrustedSubnets, p.String())
 	}
 	for _, rec := range topo.Records() {
 		r.Peers = append(r.Peers, peerReport(rec, topo, nick))
@@ -101,13 +105,16 @@ func (s *Server) connections() []Connection {
 		row := Connection{Address: c.Addr, Outbound: c.Outbound, Attrs: map[string]string{}}
 		switch c.State {
 		case link.Connected:
-			connected(&row, c, paths[c.Peer.Name])
+			s.connected(&row, c, paths[c.Peer.Name])
 		case link.Connecting:
 			row.State = "connecting"
 		case link.Retrying:
 			row.State, row.Info = "retrying", c.Err
 		case link.Failed:
-			row.State, row.Info = "failed", c.Err+", retry: "+retry(c.Retry)
+			row.State, row.Info = "failed", c.Err
+			if c.Outbound {
+				row.Info += ", retry: " + retry(c.Retry)
+			}
 		}
 		out = append(out, row)
 	}
@@ -115,7 +122,7 @@ func (s *Server) connections() []Connection {
 	return out
 }
 
-func connected(row *Connection, c link.Connection, p router.PathStatus) {
+func (s *Server) connected(row *Connection, c link.Connection, p router.PathStatus) {
 	row.State = "pending"
 	path := p.Path
 	if path != "" {
@@ -127,7 +134,15 @@ func connected(row *Connection, c link.Connection, p router.PathStatus) {
 	if p.Reason != "" {
 		row.Attrs["reason"] = p.Reason
 	}
+	row.path, row.encrypted = p.Path, c.Sealed
 	row.Info = fmt.Sprintf("%-6s %s", path, c.Peer)
+	if s.cfg.Encryption {
+		word := "unencrypted"
+		if c.Sealed {
+			word = "encrypted"
+		}
+		row.Info = fmt.Sprintf("%-11s %s", word, row.Info)
+	}
 }
 
 func rank(state string) int { return slices.Index(connectionStates(), state) }

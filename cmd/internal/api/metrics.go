@@ -1,8 +1,8 @@
 package api
 
 import (
+	"cmp"
 	"net/http"
-	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -32,21 +32,21 @@ func (c *reportCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(name, help string, v float64, labels map[string]string) {
 		ch <- prometheus.MustNewConstMetric(prometheus.NewDesc(name, help, nil, labels), prometheus.GaugeValue, v)
 	}
-	type kind struct{ state, path string }
+	type kind struct{ state, path, encryption string }
 	count := make(map[kind]int)
 	for _, s := range connectionStates() {
-		count[kind{s, "unknown"}] = 0
+		count[kind{s, "unknown", ""}] = 0
 	}
 	for _, conn := range r.Router.Connections {
-		path := "unknown"
-		if first, _, ok := strings.Cut(conn.Info, " "); ok && conn.State == "established" {
-			path = first
+		k := kind{conn.State, cmp.Or(conn.path, "unknown"), ""}
+		if conn.encrypted {
+			k.encryption = "yes"
 		}
-		count[kind{conn.State, path}]++
+		count[k]++
 	}
 	for k, n := range count {
 		gauge("weave_connections", "Connections to other peers by state and data path.", float64(n),
-			map[string]string{"state": k.state, "type": k.path, "encryption": ""})
+			map[string]string{"state": k.state, "type": k.path, "encryption": k.encryption})
 	}
 	gauge("weave_peers", "Peers in the link state, this one included.", float64(len(r.Router.Peers)), nil)
 	if i := r.IPAM; i != nil {

@@ -79,6 +79,9 @@ type Connection struct {
 	State    string // established, pending, retrying, failed, connecting
 	Info     string
 	Attrs    map[string]string
+
+	path      string // in use; empty when none is
+	encrypted bool   // frames over it are sealed
 }
 
 // OverlayDiagnostics holds the counters of the data paths.

@@ -37,6 +37,10 @@ type Config struct {
 	Bridge   string
 	Port     int
 	Discover bool
+	// Encryption says that there is a password; Trusted are the subnets
+	// excepted from it.
+	Encryption bool
+	Trusted    []netip.Prefix
 	// Targets remembers the list of targets after a change.
 	Targets func([]string) error
 	// Stop and Reset end the daemon, the latter leaving nothing behind;

@@ -32,7 +32,8 @@ func TestBadInputIsOneClearLine(t *testing.T) {
 		{"launch --ipalloc-default-subnet 10.99.0.0/24", "outside"},
 		{"launch --ipalloc-init whatever", "whatever"},
 		{"launch --ipalloc-init consensus=0", "consensus=0"},
-		{"launch --password secret", "encryption"},
+		{"launch --password secret --trusted-subnets 10.1", "10.1"},
+		{"launch --trusted-subnets 10.0.0.0/8", "--password"},
 		{"launch --log-level loud", "loud"},
 		{"launch --resume host2", "--resume"},
 		{"status nonsense", "nonsense"},
@@ -106,5 +107,23 @@ func TestCompletion(t *testing.T) {
 		if code != 0 || errOut != "" || !strings.Contains(out, "weave") {
 			t.Errorf("completion %s: exit code %d, error %q, %d bytes", shell, code, errOut, len(out))
 		}
+	}
+}
+
+// The password of a daemon shows neither in its command line nor in help.
+func TestPasswordStaysHidden(t *testing.T) {
+	for _, c := range []struct{ args, want string }{
+		{"weave launch --password x host2", "weave launch host2"},
+		{"weave launch --password=x host2", "weave launch host2"},
+		{"weave launch host2 --password", "weave launch host2"},
+		{"weave launch --port 7000 --password-like", "weave launch --port 7000 --password-like"},
+	} {
+		if got := strings.Join(withoutPassword(strings.Fields(c.args)), " "); got != c.want {
+			t.Errorf("%s becomes %s, want %s", c.args, got, c.want)
+		}
+	}
+	t.Setenv(passwordEnv, "hush-hush")
+	if out, _, _ := run(t, "help", "launch"); strings.Contains(out, "hush") || !strings.Contains(out, "--trusted-subnets") {
+		t.Errorf("help shows %s", out)
 	}
 }

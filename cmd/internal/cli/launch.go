@@ -26,6 +26,9 @@ const readyFD = 3
 // readyEnv marks a process as such a daemon.
 const readyEnv = "WEAVE_READY_FD"
 
+// passwordEnv holds the password for those who do not give --password.
+const passwordEnv = "WEAVE_PASSWORD"
+
 type launchFlags struct {
 	cfg        daemon.Config
 	name       string
@@ -33,7 +36,7 @@ type launchFlags struct {
 	rng        string
 	subnet     string
 	init       string
-	password   string
+	trusted    string
 	foreground bool
 	noDNS      bool
 }
@@ -59,6 +62,7 @@ func launchCommand(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			_ = os.Unsetenv(passwordEnv) // nobody we start needs it
 			if os.Getenv(readyEnv) != "" {
 				return serveBackground(cmd.Context(), cfg)
 			}
@@ -72,7 +76,7 @@ func launchCommand(e *env) *cobra.Command {
 				cfg.Ready = func(name peer.Name) { fmt.Fprintln(e.out, name); daemon.NotifySystemd() }
 				return alreadyRunning(daemon.Run(cmd.Context(), cfg, nil))
 			}
-			return startBackground(cmd.Context(), e)
+			return startBackground(cmd.Context(), e, cfg.Password)
 		},
 	}
 	f.register(c)
@@ -94,7 +98,9 @@ func (f *launchFlags) register(c *cobra.Command) {
 	fs.StringVar(&f.subnet, "ipalloc-default-subnet", "", "subnet of those who name none (default: the range)")
 	fs.StringVar(&f.init, "ipalloc-init", "", "how the range is first shared: consensus[=peers], seed=name,..., observer (default: consensus of the peers named and this one)")
 	fs.BoolVar(&f.noDNS, "no-dns", false, "no name service (there is none yet: accepted for scripts that say so)")
-	fs.StringVar(&f.password, "password", "", "encryption is not available yet: refused rather than ignored")
+	fs.StringVar(&f.cfg.Password, "password", os.Getenv(passwordEnv), "encrypt all that goes between peers; all need the same (better given as "+passwordEnv+": others on this host can read command lines)")
+	fs.Lookup("password").DefValue = "" // not for help texts
+	fs.StringVar(&f.trusted, "trusted-subnets", "", "subnets in which frames may go in clear in spite of a password, such as 10.0.0.0/8,192.0.2.0/24; both ends must say so")
 	fs.StringVar(&f.cfg.DataDir, "data-dir", daemon.DefaultDataDir, "folder of what must survive a restart")
 	fs.StringVar(&f.cfg.StatusAddr, "status-addr", envString("WEAVE_STATUS_ADDR", daemon.DefaultStatusAddr), `address of read-only status and metrics; "" for none`)
 	fs.StringVar(&f.cfg.DockerSocket, "docker-api", daemon.DefaultDockerSocket, `Docker's unix socket; "" to do without Docker`)
@@ -132,9 +138,6 @@ func envInt(key string, def int) int {
 func (f *launchFlags) config(e *env, peers []string) (daemon.Config, error) {
 	cfg := f.cfg
 	cfg.RunDir, cfg.Peers = e.runDir, peers
-	if f.password != "" || os.Getenv("WEAVE_PASSWORD") != "" {
-		return cfg, errors.New("a password asks for encryption, which this version does not have yet: launch without --password and WEAVE_PASSWORD")
-	}
 	if f.name != "" {
 		name, err := peer.ParseName(f.name)
 		if err != nil {
@@ -148,6 +151,16 @@ func (f *launchFlags) config(e *env, peers []string) (daemon.Config, error) {
 			return cfg, fmt.Errorf("--host %q: want an address of this host, such as 192.0.2.1", f.host)
 		}
 		cfg.Host = a
+	}
+	for s := range strings.SplitSeq(f.trusted, ",") {
+		if s = strings.TrimSpace(s); s == "" {
+			continue
+		}
+		p, err := flagPrefix("--trusted-subnets", s)
+		if err != nil {
+			return cfg, err
+		}
+		cfg.Trusted = append(cfg.Trusted, p)
 	}
 	var err error
 	if cfg.Range, err = flagPrefix("--ipalloc-range", f.rng); err != nil {
@@ -181,9 +194,25 @@ func alreadyRunning(err error) error {
 	return err
 }
 
+// withoutPassword is a command line without --password, which the kernel would
+// show to everybody for as long as the daemon runs.
+func withoutPassword(args []string) []string {
+	var out []string
+	for i := 0; i < len(args); i++ {
+		switch {
+		case args[i] == "--password":
+			i++
+		case strings.HasPrefix(args[i], "--password="):
+		default:
+			out = append(out, args[i])
+		}
+	}
+	return out
+}
+
 // startBackground runs this very command again, detached, and waits for its
 // word.
-func startBackground(ctx context.Context, e *env) error {
+func startBackground(ctx context.Context, e *env, password string) error {
 	exe, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)
@@ -196,8 +225,8 @@ func startBackground(ctx context.Context, e *env) error {
 	// Not CommandContext: the daemon must outlive this command.
 	child := &exec.Cmd{
 		Path:        exe,
-		Args:        os.Args,
-		Env:         append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD)),
+		Args:        withoutPassword(os.Args),
+		Env:         append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD), passwordEnv+"="+password),
 		ExtraFiles:  []*os.File{w},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 		Dir:         "/",

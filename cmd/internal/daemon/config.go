@@ -55,6 +55,12 @@ type Config struct {
 	NoDiscovery bool
 	ConnLimit   int // 0: no limit
 
+	// Password seals what goes between peers, all of which must have the
+	// same; empty: all goes in clear. Trusted are subnets in which frames may
+	// go in clear all the same.
+	Password string
+	Trusted  []netip.Prefix
+
 	MTU      int // of containers, bytes; 0: found by itself
 	NoFastDP bool
 
@@ -96,6 +102,8 @@ func (c *Config) Check() error {
 		return fmt.Errorf("--conn-limit %d: want 0 (no limit) or more", c.ConnLimit)
 	case c.Resume && len(c.Peers) > 0:
 		return errors.New("--resume goes on with the peers of the last run: name no peers beside it")
+	case len(c.Trusted) > 0 && c.Password == "":
+		return errors.New("--trusted-subnets makes exceptions from encryption, and there is none: give --password, or leave it out")
 	case len(c.NickName) > 64:
 		return fmt.Errorf("nickname %q: want at most 64 bytes", c.NickName)
 	}

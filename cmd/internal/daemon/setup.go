@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,7 @@ import (
 	"weave.local/router/firewall"
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
+	"weave.local/router/seal"
 	"weave.local/router/sleeve"
 )
 
@@ -180,12 +182,18 @@ func (d *daemon) openControl(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	key, err := d.key()
+	if err != nil {
+		return err
+	}
 	d.mesh, err = link.Listen(ctx, link.Config{
 		Self:      d.self,
 		Bind:      d.cfg.Host,
 		Targets:   list,
 		Discovery: !d.cfg.NoDiscovery,
 		ConnLimit: d.cfg.ConnLimit,
+		Key:       key,
+		Trusted:   d.cfg.Trusted,
 		Log:       d.log.With("part", "link"),
 	})
 	if err != nil {
@@ -200,6 +208,16 @@ func (d *daemon) openControl(ctx context.Context) error {
 		return nil
 	}
 	return d.openIPAM()
+}
+
+// key is that of the password; nil when there is none.
+func (d *daemon) key() (*seal.Key, error) {
+	if d.cfg.Password == "" {
+		return nil, nil
+	}
+	key, err := seal.NewKey(d.cfg.Password, "")
+	debug.FreeOSMemory() // deriving the key takes as much as all else
+	return key, err
 }
 
 func (d *daemon) openIPAM() error {
@@ -256,6 +274,9 @@ func (d *daemon) openPaths(context.Context) error {
 			return fmt.Errorf("MTU of the underlay: %w", err)
 		}
 		d.mtu = underlay - vxlanOverhead
+		if d.cfg.Password != "" {
+			d.mtu = underlay - sleeve.SealedOverhead
+		}
 	}
 	existed := netdev.Exists(bridgeName)
 	if err := netdev.EnsureBridge(bridgeName, d.self.Name.MAC(), d.mtu); err != nil {
@@ -279,9 +300,13 @@ func (d *daemon) openPaths(context.Context) error {
 		return err
 	}
 	d.undo.atEnd(func() { _ = d.fastdp.Close() })
-	if d.fastdp.Adopted() {
+	switch {
+	case d.fastdp.Adopted() && d.cfg.Password == "":
 		d.router.Hold()
-	} else {
+	case d.fastdp.Adopted():
+		// What the kernel forwards is in clear: it ends now, and goes on
+		// where links say that it may.
+	default:
 		d.undo.onFailure(func() { _ = fastdp.Remove(d.fastdpConfig()) })
 	}
 	paths := []overlay.Overlay{d.fastdp, d.sleeve}
@@ -379,6 +404,7 @@ func (d *daemon) openAPI(context.Context) error {
 		Hello: api.Hello{Version: Version(), Name: d.self.Name.String(), PID: os.Getpid(), Started: time.Now()},
 		Mesh:  d.mesh, Router: d.router, Alloc: d.alloc, Attach: d.attach, Docker: d.docker,
 		Plugin: d.plugin != nil, Sleeve: d.sleeve.Counters, Bridge: bridgeName, Port: d.cfg.Port, Discover: !d.cfg.NoDiscovery,
+		Encryption: d.cfg.Password != "", Trusted: d.cfg.Trusted,
 		Targets: func(list []string) error { return saveTargets(d.store, list) },
 		Stop:    d.stop, Reset: d.leave, Log: d.log.With("part", "api"),
 	}

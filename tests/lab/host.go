@@ -41,12 +41,16 @@ dir=$1 name=$2
 mount --make-rprivate /
 mount -t proc proc /proc
 echo "$name" >/proc/sys/kernel/hostname
-mkdir -p "$dir/cgroup" "$dir/lib" "$dir/etc"
-# Control groups are mounted below /sys and would be hidden by the new one.
+mkdir -p "$dir/cgroup" "$dir/security" "$dir/lib" "$dir/etc"
+# What is mounted below /sys would be hidden by the new one. Docker needs the
+# control groups and, where there is AppArmor, the way to load its profile.
 mount --rbind /sys/fs/cgroup "$dir/cgroup"
+[ ! -d /sys/kernel/security ] || mount --rbind /sys/kernel/security "$dir/security"
 mount -t sysfs sysfs /sys
 mount --rbind "$dir/cgroup" /sys/fs/cgroup
+[ ! -d /sys/kernel/security ] || mount --rbind "$dir/security" /sys/kernel/security
 umount -l "$dir/cgroup"
+[ ! -d /sys/kernel/security ] || umount -l "$dir/security"
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/lock
 mount --bind "$dir/lib" /var/lib

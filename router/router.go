@@ -27,7 +27,7 @@ const TableName = "endpoints"
 
 const (
 	tickEvery  = 100 * time.Millisecond
-	coalesce   = 20 * time.Millisecond // changes within it make one forwarding state
+	coalesce   = 5 * time.Millisecond // changes within it make one forwarding state; a new endpoint speaks soon after
 	retryApply = time.Second
 	holdQuiet  = 1500 * time.Millisecond
 	holdMax    = 10 * time.Second
@@ -214,8 +214,8 @@ func (r *Router) decide(ctx context.Context) error {
 	defer tick.Stop()
 	begun := time.Now()
 	held, lastChange := r.hold, begun
-	due := time.NewTimer(0)
-	defer due.Stop()
+	due := deadline{timer: time.NewTimer(0)}
+	defer due.timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -223,28 +223,44 @@ func (r *Router) decide(ctx context.Context) error {
 		case <-r.cfg.Mesh.Changes():
 			r.refresh(time.Now())
 			lastChange = time.Now()
-			due.Reset(coalesce)
+			due.within(coalesce)
 		case <-r.cfg.Table.Changes():
 			lastChange = time.Now()
-			due.Reset(coalesce)
+			due.within(coalesce)
 		case <-r.kick:
 			lastChange = time.Now()
-			due.Reset(coalesce)
+			due.within(coalesce)
 		case now := <-tick.C:
 			if r.probe(now) {
 				lastChange = now
-				due.Reset(coalesce)
+				due.within(coalesce)
 			}
 			if held && r.settled(now, begun, lastChange) {
 				held = false
-				due.Reset(0)
+				due.within(0)
 			}
-		case <-due.C:
+		case <-due.timer.C:
+			due.at = time.Time{}
 			if err := r.apply(held); err != nil {
 				r.cfg.Log.Warn("forwarding not applied, will be tried again", "err", err)
-				due.Reset(retryApply)
+				due.within(retryApply)
 			}
 		}
+	}
+}
+
+// deadline is a timer that is only ever brought forward, so that a stream of
+// changes can't put it off for ever.
+type deadline struct {
+	timer *time.Timer
+	at    time.Time // zero: it has fired
+}
+
+func (d *deadline) within(wait time.Duration) {
+	at := time.Now().Add(wait)
+	if d.at.IsZero() || at.Before(d.at) {
+		d.at = at
+		d.timer.Reset(wait)
 	}
 }
 

@@ -38,14 +38,10 @@ func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) } //nolint:forbidigo // th
 // buildAndRun builds the program as users do and puts it in the path of all
 // hosts.
 func buildAndRun(m *testing.M) int {
-	dir, err := os.MkdirTemp("", "weave-built-")
+	dir, remove, err := lab.Scratch("weave-built-")
 	if err == nil {
-		defer func() { _ = os.RemoveAll(dir) }()
+		defer func() { _ = remove() }()
 		_, err = setup.Build(context.Background(), dir)
-	}
-	if err == nil {
-		// A test runs it as an ordinary user.
-		err = os.Chmod(dir, 0o755)
 	}
 	if err == nil {
 		err = os.Setenv("PATH", dir+":"+os.Getenv("PATH"))

@@ -26,8 +26,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strings"
-	"syscall"
 	"time"
 )
 
@@ -60,9 +58,7 @@ type Lab struct {
 	sw      *process
 	extra   []*Host // machines behind hosts
 	cuts    map[[2]string]bool
-	janitor *exec.Cmd
-	broom   *os.File // closing it tells the janitor to start
-	words   *strings.Builder
+	janitor *janitor
 }
 
 // Missing says why no lab can be built on this machine; empty when one can.
@@ -102,10 +98,10 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	}
 	l := &Lab{
 		cfg: cfg, dir: dir, id: filepath.Base(dir), cuts: map[[2]string]bool{},
-		spawn: make(chan func()), ended: make(chan struct{}), words: &strings.Builder{},
+		spawn: make(chan func()), ended: make(chan struct{}),
 	}
-	if err := l.startJanitor(); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+	if l.janitor, err = startJanitor(dir); err != nil {
+		return nil, errors.Join(fmt.Errorf("lab: %w", err), os.RemoveAll(dir))
 	}
 	go l.spawner()
 	if err := l.build(ctx); err != nil {
@@ -157,7 +153,7 @@ func (l *Lab) Dir() string { return l.dir }
 // Close ends the hosts with all that runs on them and removes every trace. It
 // may be called again.
 func (l *Lab) Close() error {
-	if l.broom == nil {
+	if l.janitor == nil {
 		return nil
 	}
 	for _, h := range append(l.Hosts, l.extra...) {
@@ -168,12 +164,9 @@ func (l *Lab) Close() error {
 	}
 	close(l.spawn)
 	<-l.ended
-	_ = l.broom.Close()
-	l.broom = nil
-	if err := l.janitor.Wait(); err != nil {
-		return fmt.Errorf("lab: what is left could not be removed: %w: %s", err, l.words)
-	}
-	return nil
+	j := l.janitor
+	l.janitor = nil
+	return j.sweep()
 }
 
 // spawner starts the processes 1: a signal on the death of their parent comes
@@ -186,47 +179,6 @@ func (l *Lab) spawner() {
 	for f := range l.spawn {
 		f()
 	}
-}
-
-// janitorScript waits until the lab is over and removes what processes leave.
-// Control groups can go only once the last process has been buried.
-const janitorScript = `
-read -r _ || true
-dir=$1 id=$2
-rmgroups() {
-	for g in /sys/fs/cgroup/"$id"-* /sys/fs/cgroup/*/"$id"-*; do
-		[ -d "$g" ] && find "$g" -depth -type d -exec rmdir {} + 2>/dev/null
-	done
-	for g in /sys/fs/cgroup/"$id"-* /sys/fs/cgroup/*/"$id"-*; do
-		[ -d "$g" ] && return 1
-	done
-	return 0
-}
-n=0
-until rmgroups && rm -rf "$dir"; do
-	n=$((n + 1))
-	if [ $n -gt 100 ]; then echo "control groups or files of $id stay"; exit 1; fi
-	sleep 0.1
-done
-`
-
-func (l *Lab) startJanitor() error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return fmt.Errorf("lab: pipe: %w", err)
-	}
-	defer func() { _ = r.Close() }()
-	l.janitor = &exec.Cmd{
-		Path: "/bin/sh", Args: []string{"sh", "-c", janitorScript, "janitor", l.dir, l.id},
-		Stdin: r, Stdout: l.words, Stderr: l.words, Dir: "/",
-		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
-	}
-	if err := l.janitor.Start(); err != nil {
-		_ = w.Close()
-		return fmt.Errorf("lab: janitor: %w", err)
-	}
-	l.broom = w
-	return nil
 }
 
 // poll is how often Wait looks again.

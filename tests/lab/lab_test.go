@@ -318,6 +318,13 @@ const childEnv = "LAB_TEST_CHILD"
 func TestProgramKilled(t *testing.T) {
 	if os.Getenv(childEnv) != "" {
 		l := build(t, Config{Hosts: []string{"a", "b"}})
+		scratch, _, err := Scratch(l.id + "-scratch-")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(scratch, "file"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
 		must(t, l.Host("a"), "sh", "-c", "setsid sleep 300 >/dev/null 2>&1 &")
 		fmt.Println("lab " + l.id)
 		select {}

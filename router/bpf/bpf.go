@@ -49,6 +49,7 @@ type Objects struct {
 	Trees      Table[uint16, Tree]
 	Endpoints  Table[MAC, Endpoint]
 	Ports      Table[uint32, Port]
+	Addresses  Table[Addr, MAC]
 }
 
 // Open loads the programs with their maps pinned below dir, a BPF file
@@ -211,10 +212,10 @@ func (o *Objects) Config() (Config, error) {
 
 // counterNames are the enumerators of enum counter, in order.
 var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never written
-	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "shortcut",
+	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "shortcut", "arp_answered",
 	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
 	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
-	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes",
+	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes", "dropped_flood_limit",
 }
 
 // Counters returns the number of frames by event since the maps were made:
@@ -229,6 +230,7 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	probes                 probes taken from neighbours
 //	pmtu                   "too big" errors that the kernel made for senders
 //	shortcut               past the bridge, from or to a container here
+//	arp_answered           requests of containers, answered on this host
 //	dropped_no_path        no way to the destination peer is known
 //	dropped_not_neighbour  from an underlay address that is no neighbour's
 //	dropped_own            claiming to come from this very peer
@@ -243,6 +245,7 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	dropped_malformed      cannot be a frame of the overlay
 //	dropped_send           the kernel refused to send
 //	dropped_probes         probes from strangers, or while the daemon is behind
+//	dropped_flood_limit    more unicast to unknown addresses than one device may send
 func (o *Objects) Counters() (map[string]uint64, error) {
 	out := make(map[string]uint64, len(counterNames))
 	for i, name := range counterNames {

@@ -18,6 +18,11 @@ type sceneAddr struct {
 	B [16]uint8
 }
 
+type sceneBucket struct {
+	_    structs.HostLayout
+	Full uint64
+}
+
 type sceneCfg struct {
 	_       structs.HostLayout
 	Self    uint32
@@ -108,11 +113,13 @@ type sceneTree struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	sceneMapAddresses      = "addresses"
 	sceneMapConfig         = "config"
 	sceneMapCounters       = "counters"
 	sceneMapEndpoints      = "endpoints"
 	sceneMapEvents         = "events"
 	sceneMapHops           = "hops"
+	sceneMapLimits         = "limits"
 	sceneMapNeighbours     = "neighbours"
 	sceneMapOutcomes       = "outcomes"
 	sceneMapPorts          = "ports"
@@ -191,11 +198,13 @@ type sceneProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sceneMapSpecs struct {
+	Addresses  *ebpf.MapSpec `ebpf:"addresses"`
 	Config     *ebpf.MapSpec `ebpf:"config"`
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
 	Events     *ebpf.MapSpec `ebpf:"events"`
 	Hops       *ebpf.MapSpec `ebpf:"hops"`
+	Limits     *ebpf.MapSpec `ebpf:"limits"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
 	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
@@ -232,11 +241,13 @@ func (o *sceneObjects) Close() error {
 //
 // It can be passed to loadSceneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type sceneMaps struct {
+	Addresses  *ebpf.Map `ebpf:"addresses"`
 	Config     *ebpf.Map `ebpf:"config"`
 	Counters   *ebpf.Map `ebpf:"counters"`
 	Endpoints  *ebpf.Map `ebpf:"endpoints"`
 	Events     *ebpf.Map `ebpf:"events"`
 	Hops       *ebpf.Map `ebpf:"hops"`
+	Limits     *ebpf.Map `ebpf:"limits"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
 	Outcomes   *ebpf.Map `ebpf:"outcomes"`
 	Ports      *ebpf.Map `ebpf:"ports"`
@@ -246,11 +257,13 @@ type sceneMaps struct {
 
 func (m *sceneMaps) Close() error {
 	return _SceneClose(
+		m.Addresses,
 		m.Config,
 		m.Counters,
 		m.Endpoints,
 		m.Events,
 		m.Hops,
+		m.Limits,
 		m.Neighbours,
 		m.Outcomes,
 		m.Ports,

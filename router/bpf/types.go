@@ -161,6 +161,9 @@ func (o *Objects) bindTables() {
 	o.Hops = newTable("hops", o.objs.Hops, encodeHop, decodeHop)
 	o.Trees = newTable("trees", o.objs.Trees, encodeTree, decodeTree)
 	o.Endpoints = newTable("endpoints", o.objs.Endpoints, encodeEndpoint, decodeEndpoint)
+	o.Addresses = newTable("addresses", o.objs.Addresses,
+		func(k Addr, v MAC) (weaveAddr, weaveMac) { return weaveAddr{B: k}, weaveMac{B: v} },
+		func(k weaveAddr, v weaveMac) (Addr, MAC) { return k.B, v.B })
 	o.Ports = newTable("ports", o.objs.Ports, encodePort, decodePort)
 }
 

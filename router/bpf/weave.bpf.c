@@ -14,7 +14,8 @@
 // With FLAG_SHORTCUT, unicast between announced endpoints goes past the
 // bridge: port_in sends it into the overlay or into the other container
 // itself, and what arrives is put into the container where it is received.
-// The checks are the same. All else takes the way through the bridge.
+// The checks are the same. ARP requests for announced addresses are answered
+// by port_in. All else takes the way through the bridge.
 //
 // A VXLAN network identifier holds two short ids: source peer in bits 0-11,
 // destination peer in bits 12-23. Destination 0 marks a flooded frame, which
@@ -61,6 +62,10 @@
 #define TUNNEL_NOCACHE bpf_htons(0x2000)
 
 #define TAG_FLOODED 0x8000
+
+/* Unknown unicast that one device may cause to be flooded. */
+#define FLOOD_INTERVAL 1000000ULL /* ns for one frame, so 1,000 a second */
+#define FLOOD_BURST 200	  /* frames at once */
 
 #define PASS TC_ACT_UNSPEC /* on to other programs, or by default accepted */
 #define DROP TC_ACT_SHOT
@@ -129,6 +134,12 @@ struct port {
 	struct addr addrs[MAX_ADDRS];
 };
 
+/* A token bucket as a time: when it will be full again, in ns since boot. Two
+ * processors may take the same token, which does no harm. */
+struct bucket {
+	__u64 full;
+};
+
 /* a probe that arrived */
 struct event {
 	__u64 token;
@@ -150,6 +161,7 @@ enum counter {
 	COUNT_PROBES,
 	COUNT_PMTU,
 	COUNT_SHORTCUT,
+	COUNT_ARP_ANSWERED,
 	COUNT_DROPPED_NO_PATH,
 	COUNT_DROPPED_NOT_NEIGHBOUR,
 	COUNT_DROPPED_OWN,
@@ -164,6 +176,7 @@ enum counter {
 	COUNT_DROPPED_MALFORMED,
 	COUNT_DROPPED_SEND,
 	COUNT_DROPPED_PROBES,
+	COUNT_DROPPED_FLOOD_LIMIT,
 	COUNT_MAX,
 };
 
@@ -213,6 +226,23 @@ struct {
 	__type(key, __u32);
 	__type(value, struct port);
 } ports SEC(".maps");
+
+/* who has an IP address that somebody announced or that is of a port here */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 131072);
+	__type(key, struct addr);
+	__type(value, struct mac);
+} addresses SEC(".maps");
+
+/* by the device that unknown unicast comes from */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, struct bucket);
+} limits SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -632,6 +662,25 @@ static __always_inline int is_link_local_mac(const __u8 *m)
 	return m[0] == 0x01 && m[1] == 0x80 && m[2] == 0xc2 && !m[3] && !m[4] && m[5] < 16;
 }
 
+static __always_inline int exceeds_limit(struct __sk_buff *skb)
+{
+	__u32 port = skb->ingress_ifindex; /* 0: the host itself */
+	__u64 now = bpf_ktime_get_ns();
+	__u64 cost = FLOOD_INTERVAL * (skb->gso_segs ? skb->gso_segs : 1);
+	struct bucket *b = bpf_map_lookup_elem(&limits, &port);
+
+	if (!b) {
+		struct bucket fresh = {.full = now + cost};
+		bpf_map_update_elem(&limits, &port, &fresh, BPF_ANY);
+		return 0;
+	}
+	__u64 full = b->full < now ? now : b->full;
+	if (full - now > FLOOD_BURST * FLOOD_INTERVAL)
+		return 1;
+	b->full = full + cost;
+	return 0;
+}
+
 static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 {
 	struct mac dst = {};
@@ -658,6 +707,8 @@ static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 			count(COUNT_TX);
 			return send(skb, c, c->self, e->peer, HOP_LIMIT, 0, 1);
 		}
+		if (exceeds_limit(skb))
+			return drop(COUNT_DROPPED_FLOOD_LIMIT);
 		count(COUNT_FLOODED_UNKNOWN);
 	}
 	count(COUNT_FLOODED);
@@ -750,6 +801,74 @@ static __always_inline int is_honest(struct __sk_buff *skb, struct port *p)
 	return 1;
 }
 
+/* A broadcast ARP request for IPv4 over Ethernet with its Ethernet header */
+struct arp_frame {
+	struct ethhdr eth;
+	__u8 form[6]; /* kinds and lengths of addresses */
+	__be16 op;
+	__u8 sender_mac[ETH_ALEN], sender[4];
+	__u8 target_mac[ETH_ALEN], target[4];
+} __attribute__((packed));
+
+static __always_inline int is_zero_addr(const __u8 *a)
+{
+	return !(a[0] | a[1] | a[2] | a[3]);
+}
+
+static __always_inline int is_same4(const __u8 *a, const __u8 *b)
+{
+	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
+}
+
+/* Who has the address that a container asks for: null when it is not known,
+ * cannot be reached, or is none of the asker's business. Nor is there an
+ * answer to probes for duplicates and to announcements: these are for all. */
+static __always_inline struct mac *find_target(struct port *p, struct arp_frame *f)
+{
+	struct addr target __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+
+	if (f->op != bpf_htons(1) || f->form[0] || f->form[1] != 1 || f->form[2] != 8 || f->form[3] || f->form[4] != ETH_ALEN ||
+	    f->form[5] != 4 || is_zero_addr(f->sender) || is_same4(f->sender, f->target))
+		return 0;
+	__builtin_memcpy(&target.b[12], f->target, sizeof(f->target));
+	struct mac *m = bpf_map_lookup_elem(&addresses, &target);
+	if (!m || is_mac_of(p, m->b))
+		return 0;
+	struct endpoint *e = bpf_map_lookup_elem(&endpoints, m);
+	if (!e || !share_subnet(&p->subnets, &e->subnets))
+		return 0;
+	__u32 peer = e->peer;
+	if (peer && !bpf_map_lookup_elem(&hops, &peer))
+		return 0;
+	return m;
+}
+
+/* Answers an ARP request in the name of the one who has the address. */
+static __always_inline int answer_arp(struct __sk_buff *skb, struct port *p)
+{
+	struct arp_frame f;
+
+	if (bpf_skb_load_bytes(skb, 0, &f, sizeof(f)))
+		return PASS;
+	struct mac *m = find_target(p, &f);
+	if (!m)
+		return PASS;
+	__builtin_memcpy(f.eth.h_dest, f.sender_mac, ETH_ALEN);
+	__builtin_memcpy(f.eth.h_source, m->b, ETH_ALEN);
+	f.op = bpf_htons(2);
+	__builtin_memcpy(f.target_mac, f.sender_mac, ETH_ALEN);
+	__builtin_memcpy(f.sender_mac, m->b, ETH_ALEN);
+	for (int i = 0; i < 4; i++) {
+		__u8 asker = f.sender[i];
+		f.sender[i] = f.target[i];
+		f.target[i] = asker;
+	}
+	if (bpf_skb_store_bytes(skb, 0, &f, sizeof(f), 0))
+		return drop(COUNT_DROPPED_SEND);
+	count(COUNT_ARP_ANSWERED);
+	return bpf_redirect(skb->ifindex, 0);
+}
+
 /* Unicast to an announced endpoint, past the bridge. */
 static __always_inline int take_shortcut(struct __sk_buff *skb, struct cfg *c, struct port *p)
 {
@@ -759,7 +878,7 @@ static __always_inline int take_shortcut(struct __sk_buff *skb, struct cfg *c, s
 	if (!eth)
 		return drop(COUNT_DROPPED_MALFORMED);
 	if (eth->h_dest[0] & 1)
-		return PASS;
+		return eth->h_proto == bpf_htons(ETH_P_ARP) ? answer_arp(skb, p) : PASS;
 	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
 	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
 	if (!to)

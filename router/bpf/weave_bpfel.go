@@ -18,6 +18,11 @@ type weaveAddr struct {
 	B [16]uint8
 }
 
+type weaveBucket struct {
+	_    structs.HostLayout
+	Full uint64
+}
+
 type weaveCfg struct {
 	_       structs.HostLayout
 	Self    uint32
@@ -40,21 +45,23 @@ const (
 	weaveCounterCOUNT_PROBES                weaveCounter = 8
 	weaveCounterCOUNT_PMTU                  weaveCounter = 9
 	weaveCounterCOUNT_SHORTCUT              weaveCounter = 10
-	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 11
-	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 12
-	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 13
-	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 14
-	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 15
-	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 16
-	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 17
-	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 18
-	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 19
-	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 20
-	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 21
-	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 22
-	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 23
-	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 24
-	weaveCounterCOUNT_MAX                   weaveCounter = 25
+	weaveCounterCOUNT_ARP_ANSWERED          weaveCounter = 11
+	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 12
+	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 13
+	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 14
+	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 15
+	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 16
+	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 17
+	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 18
+	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 19
+	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 20
+	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 21
+	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 22
+	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 23
+	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 24
+	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 25
+	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 26
+	weaveCounterCOUNT_MAX                   weaveCounter = 27
 )
 
 type weaveEndpoint struct {
@@ -128,11 +135,13 @@ type weaveTree struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	weaveMapAddresses     = "addresses"
 	weaveMapConfig        = "config"
 	weaveMapCounters      = "counters"
 	weaveMapEndpoints     = "endpoints"
 	weaveMapEvents        = "events"
 	weaveMapHops          = "hops"
+	weaveMapLimits        = "limits"
 	weaveMapNeighbours    = "neighbours"
 	weaveMapPorts         = "ports"
 	weaveMapTrees         = "trees"
@@ -201,11 +210,13 @@ type weaveProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type weaveMapSpecs struct {
+	Addresses  *ebpf.MapSpec `ebpf:"addresses"`
 	Config     *ebpf.MapSpec `ebpf:"config"`
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
 	Events     *ebpf.MapSpec `ebpf:"events"`
 	Hops       *ebpf.MapSpec `ebpf:"hops"`
+	Limits     *ebpf.MapSpec `ebpf:"limits"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Trees      *ebpf.MapSpec `ebpf:"trees"`
@@ -240,11 +251,13 @@ func (o *weaveObjects) Close() error {
 //
 // It can be passed to loadWeaveObjects or ebpf.CollectionSpec.LoadAndAssign.
 type weaveMaps struct {
+	Addresses  *ebpf.Map `ebpf:"addresses"`
 	Config     *ebpf.Map `ebpf:"config"`
 	Counters   *ebpf.Map `ebpf:"counters"`
 	Endpoints  *ebpf.Map `ebpf:"endpoints"`
 	Events     *ebpf.Map `ebpf:"events"`
 	Hops       *ebpf.Map `ebpf:"hops"`
+	Limits     *ebpf.Map `ebpf:"limits"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Trees      *ebpf.Map `ebpf:"trees"`
@@ -252,11 +265,13 @@ type weaveMaps struct {
 
 func (m *weaveMaps) Close() error {
 	return _WeaveClose(
+		m.Addresses,
 		m.Config,
 		m.Counters,
 		m.Endpoints,
 		m.Events,
 		m.Hops,
+		m.Limits,
 		m.Neighbours,
 		m.Ports,
 		m.Trees,

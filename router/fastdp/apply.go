@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"weave.local/peer"
@@ -18,6 +19,7 @@ type tables struct {
 	hops       map[uint16]bpf.Hop
 	trees      map[uint16]bpf.Tree
 	endpoints  map[bpf.MAC]bpf.Endpoint
+	addresses  map[bpf.Addr]bpf.MAC
 	warnings   []string // what does not fit
 }
 
@@ -29,6 +31,7 @@ func desired(f overlay.Forwarding) tables {
 		hops:       make(map[uint16]bpf.Hop, len(f.Hops)),
 		trees:      make(map[uint16]bpf.Tree, len(f.Trees)),
 		endpoints:  make(map[bpf.MAC]bpf.Endpoint, len(f.Endpoints)),
+		addresses:  addressesOf(f.Endpoints),
 	}
 	known := t.addNeighbours(f.Neighbours)
 	for dst, hop := range f.Hops {
@@ -69,6 +72,26 @@ func desired(f overlay.Forwarding) tables {
 	return t
 }
 
+// addressesOf says who has which address. One that several announce is left
+// out: whoever asks for it is answered by themselves.
+func addressesOf(list []overlay.Endpoint) map[bpf.Addr]bpf.MAC {
+	holders := make(map[bpf.Addr]bpf.MAC, len(list))
+	disputed := make(map[bpf.Addr]bool)
+	for _, e := range list {
+		for _, p := range e.Addrs {
+			a := bpf.AddrOf(p.Addr())
+			if old, ok := holders[a]; ok && old != bpf.MAC(e.MAC) {
+				disputed[a] = true
+			}
+			holders[a] = bpf.MAC(e.MAC)
+		}
+	}
+	for a := range disputed {
+		delete(holders, a)
+	}
+	return holders
+}
+
 // addNeighbours returns those with an address that VXLAN can be sent to.
 func (t *tables) addNeighbours(list []overlay.Neighbour) map[peer.ShortID]overlay.Neighbour {
 	list = slices.SortedFunc(slices.Values(list), func(a, b overlay.Neighbour) int {
@@ -106,7 +129,7 @@ func (d *DataPath) Apply(f overlay.Forwarding) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.warnLocked(want.warnings)
-	d.setRemoteLocked(want.endpoints, f.Partial)
+	d.setRemoteLocked(want, f.Partial)
 	changes, err := d.changesLocked(want)
 	if err != nil {
 		return err
@@ -141,9 +164,13 @@ func (d *DataPath) changesLocked(want tables) ([]bpf.Change, error) {
 	all := want.endpoints
 	for index, p := range d.ports { // a local port goes before any announcement
 		all[p.MAC] = localEndpoint(index, p)
+		for _, a := range p.Addrs[:p.N] {
+			want.addresses[a] = p.MAC
+		}
 	}
 	endpoints, err4 := d.objs.Endpoints.Towards(all, nil)
-	return []bpf.Change{neighbours, hops, trees, endpoints}, errors.Join(err1, err2, err3, err4)
+	addresses, err5 := d.objs.Addresses.Towards(want.addresses, nil)
+	return []bpf.Change{neighbours, hops, trees, endpoints, addresses}, errors.Join(err1, err2, err3, err4, err5)
 }
 
 // reconfigureLocked follows changes of the own short id, of the TAP and of
@@ -187,13 +214,13 @@ func (d *DataPath) switchOverLocked() error {
 
 // setRemoteLocked keeps the announcements, for the time when a local port of
 // the same address is gone.
-func (d *DataPath) setRemoteLocked(announced map[bpf.MAC]bpf.Endpoint, partial bool) {
+func (d *DataPath) setRemoteLocked(announced tables, partial bool) {
 	if !partial {
 		clear(d.remote)
+		clear(d.holders)
 	}
-	for mac, e := range announced {
-		d.remote[mac] = e
-	}
+	maps.Copy(d.remote, announced.endpoints)
+	maps.Copy(d.holders, announced.addresses)
 }
 
 // warnLocked says each thing once.

@@ -89,6 +89,7 @@ type DataPath struct {
 	clsact   bool // the kernel has no tcx
 	ports    map[int]bpf.Port
 	remote   map[bpf.MAC]bpf.Endpoint // as announced, including those that a local port overrides
+	holders  map[bpf.Addr]bpf.MAC     // of addresses, likewise
 	told     map[string]bool          // warnings given
 	barred   string                   // why frames do not go past the bridge, "" when they do
 	checked  time.Time                // when that was found out
@@ -112,6 +113,7 @@ func New(cfg Config) (*DataPath, error) {
 		clsact:     cfg.noTCX,
 		ports:      make(map[int]bpf.Port),
 		remote:     make(map[bpf.MAC]bpf.Endpoint),
+		holders:    make(map[bpf.Addr]bpf.MAC),
 		told:       make(map[string]bool),
 		neighbours: make(map[peer.ShortID]overlay.Neighbour),
 		sockets:    make(map[peer.ShortID]*socket),
@@ -266,9 +268,18 @@ func (d *DataPath) adopt() error {
 	if err != nil {
 		return err
 	}
+	addresses, err := d.objs.Addresses.All()
+	if err != nil {
+		return err
+	}
 	for mac, e := range endpoints {
 		if e.Peer != 0 {
 			d.remote[mac] = e
+		}
+	}
+	for a, mac := range addresses {
+		if _, ok := d.remote[mac]; ok {
+			d.holders[a] = mac
 		}
 	}
 	for index, p := range ports {

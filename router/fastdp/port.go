@@ -3,6 +3,7 @@ package fastdp
 import (
 	"errors"
 	"fmt"
+	"slices"
 
 	"weave.local/router/bpf"
 	"weave.local/router/netdev"
@@ -33,6 +34,9 @@ func (d *DataPath) SetPort(p overlay.Port) error {
 		return err
 	}
 	d.ports[p.IfIndex] = port
+	if err := d.moveAddrsLocked(old, port); err != nil {
+		return err
+	}
 	if replaced && old.MAC != port.MAC {
 		if err := d.releaseMACLocked(old.MAC); err != nil {
 			return err
@@ -80,7 +84,7 @@ func (d *DataPath) removePortLocked(index int) error {
 	// passes unchecked between these steps.
 	errs := []error{d.objs.Ports.Delete(uint32(index))}
 	if known {
-		errs = append(errs, d.releaseMACLocked(p.MAC))
+		errs = append(errs, d.moveAddrsLocked(p, bpf.Port{}), d.releaseMACLocked(p.MAC))
 	}
 	if index != d.bridge {
 		errs = append(errs, d.detach(index, bpf.PortIn), d.detach(index, bpf.PortOut))
@@ -100,4 +104,31 @@ func (d *DataPath) releaseMACLocked(mac bpf.MAC) error {
 		return d.objs.Endpoints.Put(mac, e)
 	}
 	return d.objs.Endpoints.Delete(mac)
+}
+
+// moveAddrsLocked follows a port's change of addresses. Those that it no
+// longer has go back as releaseMACLocked says.
+func (d *DataPath) moveAddrsLocked(old, now bpf.Port) error {
+	var errs []error
+	for _, a := range old.Addrs[:old.N] {
+		if !slices.Contains(now.Addrs[:now.N], a) {
+			errs = append(errs, d.releaseAddrLocked(a))
+		}
+	}
+	for _, a := range now.Addrs[:now.N] {
+		errs = append(errs, d.objs.Addresses.Put(a, now.MAC))
+	}
+	return errors.Join(errs...)
+}
+
+func (d *DataPath) releaseAddrLocked(a bpf.Addr) error {
+	for _, p := range d.ports {
+		if slices.Contains(p.Addrs[:p.N], a) {
+			return d.objs.Addresses.Put(a, p.MAC)
+		}
+	}
+	if mac, ok := d.holders[a]; ok {
+		return d.objs.Addresses.Put(a, mac)
+	}
+	return d.objs.Addresses.Delete(a)
 }

@@ -5,6 +5,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"weave.local/router/bpf"
+	"weave.local/router/overlay"
 )
 
 // recheck applies as if what is known of rules had grown old.
@@ -120,5 +123,65 @@ func TestRuleAbout(t *testing.T) {
 		if got := ruleAbout(text, "weave", subnets); (got != "") != want {
 			t.Errorf("%q: found %q, want %v", text, got, want)
 		}
+	}
+}
+
+// arp is a broadcast request for the holder of an address.
+func (c *container) arp(target netip.Addr) []byte {
+	f := append([]byte{255, 255, 255, 255, 255, 255}, c.port.MAC[:]...)
+	f = append(f, 8, 6, 0, 1, 8, 0, 6, 4, 0, 1)
+	f = append(append(f, c.port.MAC[:]...), c.addr().AsSlice()...)
+	return append(append(f, 0, 0, 0, 0, 0, 0), target.AsSlice()...)
+}
+
+// Requests for announced addresses stay on the host, however many there are.
+func TestARPStaysLocal(t *testing.T) {
+	const storm = 500
+	l := newLine(t, 1500)
+	a, b := l[0], l[1]
+	a1, a2, b1 := a.container("10.32.0.1/24"), a.container("10.32.0.2/24"), b.container("10.32.0.3/24")
+	a2.echo()
+	b1.echo()
+	l.apply(nil)
+	for _, x := range []*container{a2, b1} {
+		answered, flooded := a.counter("arp_answered"), a.counter("flooded")
+		if !a1.reaches(x.addr(), 100) {
+			t.Errorf("%s is not reached", x.addr())
+		}
+		for range storm {
+			a1.raw(a1.arp(x.addr()))
+		}
+		if n := a.counter("arp_answered") - answered; n < storm {
+			t.Errorf("%s: %d requests of %d were answered", x.addr(), n, storm)
+		}
+		if n := a.counter("flooded") - flooded; n > storm/10 {
+			t.Errorf("%s: %d frames were flooded", x.addr(), n)
+		}
+	}
+	// The address moves to another container of the same host.
+	a.must(func() error { return a.dp.RemovePort(a2.port.IfIndex) })
+	before := a.counter("arp_answered")
+	a1.raw(a1.arp(a2.addr()))
+	if a.counter("arp_answered") != before {
+		t.Error("answered for a container that is gone")
+	}
+	a3 := a.attach("10.32.0.2/24")
+	a3.echo()
+	a.must(func() error { return a.dp.SetPort(a3.port) })
+	a1.ip("neigh flush all")
+	if !a1.reaches(a3.addr(), 100) {
+		t.Error("the address is not reached where it is now")
+	}
+}
+
+func TestDisputedAddress(t *testing.T) {
+	list := []overlay.Endpoint{
+		{MAC: overlay.MAC{2, 1}, Peer: 2, Addrs: []netip.Prefix{netip.MustParsePrefix("10.32.0.1/24"), netip.MustParsePrefix("10.32.0.2/24")}},
+		{MAC: overlay.MAC{2, 2}, Peer: 3, Addrs: []netip.Prefix{netip.MustParsePrefix("10.32.0.2/24")}},
+		{MAC: overlay.MAC{2, 1}, Peer: 2, Addrs: []netip.Prefix{netip.MustParsePrefix("10.32.0.2/24")}},
+	}
+	got := addressesOf(list)
+	if len(got) != 1 || got[bpf.AddrOf(netip.MustParseAddr("10.32.0.1"))] != (bpf.MAC{2, 1}) {
+		t.Errorf("holders %v", got)
 	}
 }

@@ -14,12 +14,16 @@ import (
 
 const (
 	firstWait     = time.Second
-	longestWait   = time.Minute
+	longestWait   = 8 * time.Second // 10 s with jitter: what heals is linked again soon
+	refusedWait   = time.Minute     // longest where somebody answers who does not want us
 	waitFactor    = 1.5
 	provenAfter   = 10 * time.Second        // a link that lived so long lets the waits begin anew
 	politeWait    = 1500 * time.Millisecond // the end with the higher UID leaves discovery to the other for so long
 	maxBusy       = 32                      // attempts at one time
-	maxCollisions = 5                       // refusals because of a name, in a row, before an address is left alone
+	maxRepeats    = maxBusy / 2             // of them, such as follow a failure
+	repeatRate    = 16                      // attempts per second that follow a failure, over all there is to dial
+	maxCollisions = 5                       // refusals because of a name, in a row, before an address is tried rarely
+	wakeSpread    = time.Second             // over which peers that came back into reach are dialled
 )
 
 // dialer decides what is dialled when. It is pure: the time and what happened
@@ -28,7 +32,11 @@ const (
 type dialer struct {
 	port  uint16 // of targets without one
 	dials map[dialKey]*dial
-	busy  int
+	busy  int // attempts that run
+
+	repeats int     // of them, such as follow a failure
+	credit  float64 // attempts of that kind that may begin now
+	counted time.Time
 }
 
 // dialKey is a target as the user wrote it or, for what was discovered, a
@@ -46,11 +54,12 @@ type dial struct {
 	peer  peer.Name        // who answers there; 0 while that is not known
 	addrs []netip.AddrPort // where it was dialled last, or may be
 	busy  bool
-	left  bool // it leads to ourselves
-	never bool // not tried again until asked to
-	tries int  // since the last success
-	wrong int  // refusals because of a name, in a row
-	wait  time.Duration
+	again bool          // the attempt that runs follows a failure
+	left  bool          // it leads to ourselves
+	near  bool          // there was a route to the peer when we last looked
+	tries int           // since the last success
+	wrong int           // refusals because of a name, in a row
+	wait  time.Duration // 0: no failure yet, or none that counts
 	due   time.Time
 	err   string // of the last attempt or link
 }
@@ -74,7 +83,7 @@ func (ds *dialer) add(target string, now time.Time) error {
 	if addr, err := netip.ParseAddr(host); err == nil {
 		d.addrs = []netip.AddrPort{netip.AddrPortFrom(addr.Unmap(), port)}
 	}
-	d.left, d.never, d.wrong, d.wait, d.due = false, false, 0, 0, now
+	d.left, d.wrong, d.wait, d.due = false, 0, 0, now
 	return nil
 }
 
@@ -143,26 +152,60 @@ type job struct {
 	addrs []netip.AddrPort
 }
 
-// start returns the attempts to begin now.
+// start returns the attempts to begin now. Those that follow a failure are
+// bounded in number and rate, the longest due first, so that however many
+// peers are gone, dialling them costs little and holds up no others.
 func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool) []job {
-	var jobs []job
+	ds.credit = min(repeatRate, ds.credit+repeatRate*now.Sub(ds.counted).Seconds())
+	ds.counted = now
+	var due []*dial
 	for _, d := range ds.dials {
-		if d.busy || d.left || d.never || d.due.After(now) || linked(d.peer) || ds.busy >= maxBusy {
+		if d.busy || d.left || d.due.After(now) || linked(d.peer) || d.key.target == "" && !room {
 			continue
 		}
-		if d.key.target == "" && !room {
-			continue
+		due = append(due, d)
+	}
+	slices.SortFunc(due, func(a, b *dial) int { return a.due.Compare(b.due) })
+	var jobs []job
+	for _, again := range []bool{false, true} {
+		for _, d := range due {
+			if d.wait > 0 != again || ds.busy >= maxBusy || again && (ds.repeats >= maxRepeats || ds.credit < 1) {
+				continue
+			}
+			jobs = append(jobs, ds.begin(d))
 		}
-		d.busy = true
-		ds.busy++
-		d.tries++
-		j := job{dial: d, host: d.host, port: d.port}
-		if d.key.target == "" {
-			j.addrs = slices.Clone(d.addrs)
-		}
-		jobs = append(jobs, j)
 	}
 	return jobs
+}
+
+func (ds *dialer) begin(d *dial) job {
+	if d.again = d.wait > 0; d.again {
+		ds.repeats++
+		ds.credit--
+	}
+	d.busy = true
+	ds.busy++
+	d.tries++
+	j := job{dial: d, host: d.host, port: d.port}
+	if d.key.target == "" {
+		j.addrs = slices.Clone(d.addrs)
+	}
+	return j
+}
+
+// wake takes note of who can be reached over others. Whoever comes back into
+// reach is worth a dial soon, however long the wait had become.
+func (ds *dialer) wake(reaches, linked func(peer.Name) bool, now time.Time) {
+	for _, d := range ds.dials {
+		near := d.peer != 0 && reaches(d.peer)
+		if near && !d.near && !linked(d.peer) && d.wait > 0 {
+			d.wait = 0
+			if soon := now.Add(rand.N(wakeSpread)); soon.Before(d.due) {
+				d.due = soon
+			}
+		}
+		d.near = near
+	}
 }
 
 // outcome is how an attempt ended.
@@ -171,13 +214,17 @@ type outcome struct {
 	addrs     []netip.AddrPort // what the name resolved to
 	err       error            // nil: there is a link to peer now
 	self      bool             // we answered ourselves
-	collision bool             // refused because of a name
+	refused   bool             // by somebody who will do so again
+	collision bool             // because of a name
 }
 
 // finish takes the outcome of an attempt.
 func (ds *dialer) finish(d *dial, o outcome, now time.Time) {
 	ds.busy--
-	d.busy = false
+	if d.again {
+		ds.repeats--
+	}
+	d.busy, d.again = false, false
 	if len(o.addrs) > 0 {
 		d.addrs = o.addrs
 	}
@@ -188,23 +235,32 @@ func (ds *dialer) finish(d *dial, o outcome, now time.Time) {
 	case o.self:
 		d.left = true
 	case o.err == nil && d.key.target == "" && o.peer != d.peer:
-		d.fail(fmt.Errorf("another peer, %s, answers there", o.peer), now)
+		d.fail(fmt.Errorf("another peer, %s, answers there", o.peer), now, refusedWait)
 	case o.err == nil:
 		d.tries, d.wrong, d.err = 0, 0, ""
 		d.due = now.Add(jitter(firstWait))
 	default:
-		d.fail(o.err, now)
-		if !o.collision {
-			d.wrong = 0
-		} else if d.wrong++; d.wrong >= maxCollisions {
-			d.never = true
-		}
+		ds.missed(d, o, now)
 	}
 }
 
-func (d *dial) fail(err error, now time.Time) {
+// missed takes the outcome of an attempt that made no link.
+func (ds *dialer) missed(d *dial, o outcome, now time.Time) {
+	most := longestWait
+	if o.refused {
+		most = refusedWait
+	}
+	if !o.collision {
+		d.wrong = 0
+	} else if d.wrong++; d.wrong >= maxCollisions {
+		d.wait = refusedWait // whoever has the name will hardly give it up soon
+	}
+	d.fail(o.err, now, most)
+}
+
+func (d *dial) fail(err error, now time.Time, most time.Duration) {
 	d.err = err.Error()
-	d.wait = min(max(firstWait, time.Duration(float64(d.wait)*waitFactor)), longestWait)
+	d.wait = min(max(firstWait, time.Duration(float64(d.wait)*waitFactor)), most)
 	d.due = now.Add(jitter(d.wait))
 }
 
@@ -220,7 +276,7 @@ func (ds *dialer) down(name peer.Name, reason error, lived time.Duration, now ti
 		if lived > provenAfter {
 			d.wait = 0
 		}
-		d.fail(reason, now)
+		d.fail(reason, now, longestWait)
 	}
 }
 
@@ -252,10 +308,7 @@ func (d *dial) row() Connection {
 	case d.busy:
 		c.State = Retrying
 	default:
-		c.State = Failed
-		if !d.never {
-			c.Retry = d.due
-		}
+		c.State, c.Retry = Failed, d.due
 	}
 	return c
 }

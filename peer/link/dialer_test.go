@@ -122,14 +122,86 @@ func TestOurselvesAreLeftSilently(t *testing.T) {
 	}
 }
 
-func TestCollisionIsGivenUp(t *testing.T) {
-	s := newScene(t, "192.0.2.1")
-	for range maxCollisions {
-		s.now = s.now.Add(s.fail(outcome{err: errors.New("taken"), collision: true}))
+// Whoever answers and does not want us is shown with the reason and dialled
+// rarely, but not left for ever: the other may be restarted under another name.
+func TestRefusalsAreRepeatedRarely(t *testing.T) {
+	for name, o := range map[string]outcome{
+		"collision": {err: errors.New("taken"), refused: true, collision: true},
+		"password":  {err: errors.New("passwords differ"), refused: true},
+	} {
+		s := newScene(t, "192.0.2.1")
+		begin := s.now
+		tries := 0
+		for s.now.Sub(begin) < time.Hour {
+			s.now = s.now.Add(s.fail(o))
+			tries++
+		}
+		if tries < 40 || tries > 90 {
+			t.Errorf("%s: %d attempts in an hour", name, tries)
+		}
+		if rows := s.rows(s.linked); rows[0].State != Failed || rows[0].Err != o.err.Error() || rows[0].Retry.IsZero() {
+			t.Errorf("%s: %+v", name, rows)
+		}
 	}
-	s.now = s.now.Add(24 * time.Hour)
-	if rows := s.rows(s.linked); len(s.begin()) != 0 || rows[0].State != Failed || !rows[0].Retry.IsZero() || rows[0].Err != "taken" {
-		t.Errorf("still tried: %+v", rows)
+}
+
+// However many peers are gone, few dials go out, and those who come back into
+// reach do not wait behind the others.
+func TestManyDeadPeers(t *testing.T) {
+	const dead = 1000
+	s := newScene(t)
+	for i := range dead {
+		addr := netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
+		s.discover(peer.Name(i+1), []netip.AddrPort{netip.AddrPortFrom(addr, 6783)}, s.now, true)
+	}
+	reach := map[peer.Name]bool{}
+	reaches := func(n peer.Name) bool { return reach[n] }
+	tried := map[peer.Name]int{}
+	second := func() (n int, woken bool) { // in which all attempts fail at once
+		for range 10 {
+			s.now = s.now.Add(100 * time.Millisecond)
+			s.wake(reaches, s.linked, s.now)
+			for _, j := range s.begin() {
+				n++
+				tried[j.dial.peer]++
+				woken = woken || reach[j.dial.peer]
+				s.finish(j.dial, outcome{err: errors.New("refused")}, s.now)
+			}
+		}
+		return n, woken
+	}
+	for range 60 {
+		_, _ = second()
+	}
+	for range 120 {
+		if n, _ := second(); n > repeatRate+1 {
+			t.Fatalf("%d dials in a second", n)
+		}
+	}
+	if len(tried) != dead {
+		t.Errorf("only %d were tried", len(tried))
+	}
+	reach[500] = true
+	for i := 0; ; i++ {
+		if _, woken := second(); woken {
+			break
+		}
+		if i > 1 {
+			t.Fatal("who came back into reach was not dialled soon")
+		}
+	}
+
+	// Attempts that hang leave room for others.
+	s.now = s.now.Add(time.Hour)
+	for range 20 {
+		s.now = s.now.Add(time.Second)
+		_ = s.begin()
+	}
+	if s.busy > maxRepeats {
+		t.Errorf("%d attempts hang", s.busy)
+	}
+	if err := s.add("192.0.2.1", s.now); err != nil || len(s.begin()) != 1 {
+		t.Errorf("no room for a new target: %v", err)
 	}
 }
 

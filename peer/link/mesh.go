@@ -69,6 +69,8 @@ type Config struct {
 	// clear, although there is a password, if that peer says the same.
 	Trusted []netip.Prefix
 	Log     *slog.Logger
+
+	resolve func(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) // nil: resolveHost
 }
 
 // Neighbour is a peer to which there is a live link.
@@ -129,6 +131,9 @@ type Mesh struct {
 // Listen opens the TCP port. Nothing is accepted or dialled before Run.
 func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 	cfg.Self.NickName = peer.CleanNickName(cfg.Self.NickName)
+	if cfg.resolve == nil {
+		cfg.resolve = resolveHost
+	}
 	host := ""
 	if cfg.Bind.IsValid() {
 		host = cfg.Bind.String()

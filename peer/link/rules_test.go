@@ -1,6 +1,7 @@
 package link
 
 import (
+	"context"
 	"errors"
 	"io"
 	"log/slog"
@@ -9,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -96,6 +98,33 @@ func TestTargets(t *testing.T) {
 		t.Error(err)
 	}
 	until(t, "link", time.Second, meshed(1, a, b))
+}
+
+// A name is resolved again at each try: the host behind it may have moved. One
+// that does not resolve keeps being tried.
+func TestNamesAreResolvedAgain(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	var mu sync.Mutex
+	tries := 0
+	a := h.start(1, nil, noDiscovery, func(c *Config) { c.Targets = []string{"host.example"} }, func(c *Config) {
+		c.resolve = func(_ context.Context, host string, port uint16) ([]netip.AddrPort, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			tries++
+			switch {
+			case host != "host.example":
+				return nil, errors.New("asked for another name")
+			case tries == 1:
+				return nil, errors.New("no such host")
+			case tries == 2:
+				return []netip.AddrPort{netip.AddrPortFrom(addrOf(2), port)}, nil // nobody is there
+			}
+			return []netip.AddrPort{netip.AddrPortFrom(addrOf(3), port)}, nil
+		}
+	})
+	b := h.start(3, nil, noDiscovery)
+	until(t, "link", 8*time.Second, meshed(1, a, b))
 }
 
 func TestTakenPort(t *testing.T) {

@@ -70,6 +70,7 @@ func (m *Mesh) loop(ctx context.Context) {
 		m.checkLinksLocked(now)
 		if m.discovery {
 			m.discovery = false
+			m.dials.wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
 			m.discoverLocked(now)
 		}
 		jobs := m.dials.start(now, m.linkedLocked, m.roomLocked())

@@ -18,7 +18,7 @@ import (
 
 const (
 	resolveWait = 5 * time.Second
-	dialWait    = 5 * time.Second
+	dialWait    = 4 * time.Second // two repetitions of a lost SYN
 )
 
 // State is what Connections says of a link or target.
@@ -39,7 +39,7 @@ type Connection struct {
 	State    State
 	Peer     peer.Info // who is at the other end; only the name, or nothing, while not connected
 	Err      string    // why the last attempt or link ended
-	Retry    time.Time // of the next attempt when Failed; zero: never
+	Retry    time.Time // of the next attempt when Failed; zero: none is planned
 	Session  uint64    // when Connected
 	Sealed   bool      // when Connected: the data path is sealed
 }
@@ -265,7 +265,7 @@ func (m *Mesh) connect(ctx context.Context, j job) (*link, outcome) {
 	addrs := j.addrs
 	if len(addrs) == 0 {
 		var err error
-		if addrs, err = resolveHost(ctx, j.host, j.port); err != nil {
+		if addrs, err = m.cfg.resolve(ctx, j.host, j.port); err != nil { // again each time: it may have moved
 			return nil, outcome{err: err}
 		}
 	}
@@ -328,6 +328,7 @@ func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) 
 	}
 	if r := (*handshake.Refusal)(nil); errors.As(err, &r) {
 		o.collision = r.Code == handshake.RefuseCollision
+		o.refused = o.collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit
 		if r.Code == handshake.RefuseDuplicate {
 			o.err = nil
 		}

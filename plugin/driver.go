@@ -34,6 +34,9 @@ const lookupLimit = 2 * time.Second
 type note struct {
 	PeerIf    string // the device to move into the container
 	NoGateway bool   `json:",omitempty"` // no way to the outside by the engine's own bridge
+	// Addr is the address that we chose and that the engine therefore does
+	// not give back; the zero text on networks with address management.
+	Addr string `json:",omitempty"`
 }
 
 // boolOption reads an option whose empty value means true.
@@ -53,6 +56,9 @@ func boolOption(name string, value any) (bool, error) {
 }
 
 func (p *Plugin) createNetwork(_ context.Context, q networkRequest) (empty, error) {
+	if err := checkSpace(q); err != nil {
+		return empty{}, err
+	}
 	generic, _ := q.Options[genericOptions].(map[string]any)
 	multicast := false
 	if v, ok := generic[docker.OptionMulticast]; ok {
@@ -105,41 +111,60 @@ func (p *Plugin) hasMulticast(ctx context.Context, network string) bool {
 
 func (p *Plugin) createEndpoint(ctx context.Context, q endpointRequest) (endpointAnswer, error) {
 	var a endpointAnswer
-	if q.Interface == nil || q.Interface.Address == "" {
-		return a, errors.New("the container has no address: create the network with --ipam-driver weave")
+	if q.Interface == nil {
+		return a, errors.New("the engine names no interface for the endpoint")
 	}
-	addr, err := netip.ParsePrefix(q.Interface.Address)
-	if err != nil {
-		return a, fmt.Errorf("address %q of the endpoint: want one such as 10.32.0.1/12", q.Interface.Address)
-	}
-	spec := attach.EndpointSpec{ID: q.EndpointID, Addrs: []netip.Prefix{addr}}
-	if spec.MAC, err = parseMAC(q.Interface.MacAddress); err != nil {
+	// A call whose answer the engine did not get is repeated.
+	if _, err := p.deleteEndpoint(ctx, endpointRequest{EndpointID: q.EndpointID}); err != nil {
 		return a, err
+	}
+	addr, chosen, err := p.endpointAddress(ctx, q)
+	if err != nil {
+		return a, err
+	}
+	if err := p.makeEndpoint(ctx, q, addr, chosen, &a.Interface); err != nil {
+		if chosen {
+			err = errors.Join(err, p.free(addr.Addr()))
+		}
+		return endpointAnswer{}, err
+	}
+	if chosen {
+		a.Interface.Address = addr.String()
+	}
+	return a, nil
+}
+
+// makeEndpoint makes the endpoint and notes what later calls need. What it
+// chose itself it puts into made.
+func (p *Plugin) makeEndpoint(ctx context.Context, q endpointRequest, addr netip.Prefix, chosen bool, made *endpointInterface) error {
+	mac, err := parseMAC(q.Interface.MacAddress)
+	if err != nil {
+		return err
 	}
 	gateway := true
 	if v, ok := q.Options[docker.OptionGateway]; ok {
 		if gateway, err = boolOption(docker.OptionGateway, v); err != nil {
-			return a, err
+			return err
 		}
 	}
-	// A call whose answer the engine did not get is repeated.
-	if err := p.cfg.Attach.DeleteEndpoint(ctx, q.EndpointID); err != nil {
-		return a, err
-	}
-	made, err := p.cfg.Attach.CreateEndpoint(ctx, spec)
+	e, err := p.cfg.Attach.CreateEndpoint(ctx, attach.EndpointSpec{ID: q.EndpointID, MAC: mac, Addrs: []netip.Prefix{addr}})
 	if err != nil {
-		return a, err
+		return err
 	}
-	if err := p.remember(q.EndpointID, note{PeerIf: made.PeerIf, NoGateway: !gateway}); err != nil {
-		return a, errors.Join(err, p.cfg.Attach.DeleteEndpoint(ctx, q.EndpointID))
+	n := note{PeerIf: e.PeerIf, NoGateway: !gateway}
+	if chosen {
+		n.Addr = addr.Addr().String()
+	}
+	if err := p.remember(q.EndpointID, n); err != nil {
+		return errors.Join(err, p.cfg.Attach.DeleteEndpoint(ctx, q.EndpointID))
 	}
 	p.mu.Lock()
 	delete(p.pending, addr.Addr())
 	p.mu.Unlock()
 	if q.Interface.MacAddress == "" {
-		a.Interface.MacAddress = made.MAC.String()
+		made.MacAddress = e.MAC.String()
 	}
-	return a, nil
+	return nil
 }
 
 // parseMAC reads an Ethernet address; none gives zero.
@@ -189,6 +214,15 @@ func (p *Plugin) forget(id string) error {
 	if _, kept := p.cfg.Store.Get(id); !kept {
 		return nil
 	}
+	if n, err := p.recall(id); err == nil && n.Addr != "" {
+		addr, err := netip.ParseAddr(n.Addr)
+		if err == nil {
+			err = p.free(addr)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	return p.cfg.Store.Delete(id)
 }
 
@@ -196,6 +230,9 @@ func (p *Plugin) join(ctx context.Context, q joinRequest) (joinAnswer, error) {
 	var a joinAnswer
 	made, err := p.recall(q.EndpointID)
 	if err != nil {
+		return a, err
+	}
+	if err := p.checkLabel(ctx, q); err != nil {
 		return a, err
 	}
 	a.InterfaceName = interfaceName{SrcName: made.PeerIf, DstPrefix: insidePrefix}

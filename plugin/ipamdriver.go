@@ -5,10 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
 	"weave.local/ipam"
+	"weave.local/router/attach"
+	"weave.local/router/netdev"
 )
 
 // holder is the owner under which an address of a plugin network is recorded:
@@ -165,7 +168,7 @@ func (p *Plugin) claim(ctx context.Context, l pool, want string) (netip.Addr, er
 	}
 	// All plugin networks are one owner to the allocator, so who of them has
 	// the address is to be seen here.
-	if user, used := p.inUse(addr); used {
+	if user, used := p.inUse(ctx, addr); used {
 		return netip.Addr{}, fmt.Errorf("address %s is in use on this host by %s", addr, user)
 	}
 	if p.cfg.Alloc != nil {
@@ -178,20 +181,48 @@ func (p *Plugin) claim(ctx context.Context, l pool, want string) (netip.Addr, er
 }
 
 // inUse says whether an endpoint has the address or is about to.
-func (p *Plugin) inUse(addr netip.Addr) (user string, used bool) {
+// One whose container ended while we were not there to be told is deleted.
+func (p *Plugin) inUse(ctx context.Context, addr netip.Addr) (user string, used bool) {
 	for _, a := range p.cfg.Attach.List() {
-		for _, x := range a.Addrs {
-			if x.Addr() == addr {
-				return a.ID, true
-			}
+		if !slices.ContainsFunc(a.Addrs, func(x netip.Prefix) bool { return x.Addr() == addr }) {
+			continue
+		}
+		if !p.isLost(ctx, a) {
+			return a.ID, true
+		}
+		p.cfg.Log.Info("plugin: endpoint removed, its address is asked for", "endpoint", a.ID, "address", addr)
+		if _, err := p.deleteEndpoint(ctx, endpointRequest{EndpointID: a.ID}); err != nil {
+			p.cfg.Log.Warn("plugin: endpoint of a container that is gone", "endpoint", a.ID, "err", err)
+			return a.ID, true
 		}
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if since, ok := p.pending[addr]; ok && time.Since(since) < patience {
+	if since, ok := p.pending[addr]; ok && time.Since(since) < p.patience {
 		return "a container that is being started", true
 	}
 	return "", false
+}
+
+// isLost says whether an endpoint is of no container: its device is gone, or
+// the engine did not know it when all was compared, and still does not.
+func (p *Plugin) isLost(ctx context.Context, a attach.Attachment) bool {
+	if a.Kind != attach.KindEndpoint {
+		return false
+	}
+	if !netdev.Exists(a.HostIf) {
+		return true
+	}
+	p.mu.Lock()
+	_, suspect := p.suspects[a.ID]
+	p.mu.Unlock()
+	if !suspect {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
+	defer cancel()
+	_, endpoints, err := p.engineState(ctx)
+	return err == nil && !endpoints[a.ID]
 }
 
 func (p *Plugin) setPending(addr netip.Addr) {

@@ -74,6 +74,11 @@ type Plugin struct {
 	sandboxes map[string]string        // endpoint that has the multicast route, by sandbox
 	pending   map[netip.Addr]time.Time // handed out, not yet on an endpoint
 	suspects  map[string]time.Time     // seems left over since then; by address or endpoint
+	badLabels map[string]error         // what is wrong with labels; by name of the container
+	optioned  bool                     // containers may have options that choose their network
+
+	patience time.Duration // before what seems left over is removed
+	moves    chan string   // ids of containers that may have to be on other networks
 }
 
 // New binds the socket, in place of one that was left behind. Run serves it;
@@ -96,13 +101,11 @@ func New(cfg Config) (*Plugin, error) {
 		sandboxes: make(map[string]string),
 		pending:   make(map[netip.Addr]time.Time),
 		suspects:  make(map[string]time.Time),
+		badLabels: make(map[string]error),
+		patience:  patience,
+		moves:     make(chan string, maxMoves),
 	}
-	cfg.Watch.OnConnect(func(context.Context, []docker.Container) {
-		select {
-		case p.wake <- struct{}{}:
-		default:
-		}
-	})
+	p.register()
 	return p, nil
 }
 
@@ -170,6 +173,7 @@ func (p *Plugin) Run(ctx context.Context) error {
 		return nil
 	})
 	g.Go(func() error { return p.follow(ctx) })
+	g.Go(func() error { return p.moveAll(ctx) })
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil

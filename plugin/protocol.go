@@ -56,6 +56,7 @@ type addressAnswer struct {
 type networkRequest struct {
 	NetworkID string
 	Options   map[string]any
+	IPv4Data  []struct{ AddressSpace string }
 }
 
 type endpointInterface struct {
@@ -157,7 +158,7 @@ func (p *Plugin) routes() http.Handler {
 		return ipamCapabilities{}, nil
 	})
 	handle(p, mux, "IpamDriver.GetDefaultAddressSpaces", func(context.Context, empty) (addressSpaces, error) {
-		return addressSpaces{LocalDefaultAddressSpace: "weavelocal", GlobalDefaultAddressSpace: "weaveglobal"}, nil
+		return addressSpaces{LocalDefaultAddressSpace: localSpace, GlobalDefaultAddressSpace: globalSpace}, nil
 	})
 	handle(p, mux, "IpamDriver.RequestPool", p.requestPool)
 	handle(p, mux, "IpamDriver.ReleasePool", func(context.Context, empty) (empty, error) { return empty{}, nil })

@@ -20,7 +20,6 @@ const patience = time.Minute
 const (
 	retryNetwork = 2 * time.Second // first wait after network "weave" could not be made
 	maxRetry     = time.Minute
-	lookAgain    = patience + time.Second
 	lookSometime = 10 * time.Minute
 )
 
@@ -36,6 +35,9 @@ func (p *Plugin) follow(ctx context.Context) error {
 		if err == nil {
 			err = p.Reconcile(ctx)
 		}
+		if err == nil {
+			err = p.revive(ctx)
+		}
 		switch {
 		case ctx.Err() != nil:
 			return nil
@@ -46,7 +48,7 @@ func (p *Plugin) follow(ctx context.Context) error {
 		default:
 			retry, wait = 0, lookSometime
 			if p.suspicious() {
-				wait = lookAgain
+				wait = p.patience + time.Second
 			}
 		}
 		select {
@@ -135,7 +137,8 @@ func (p *Plugin) engineState(ctx context.Context) (addrs map[netip.Addr]netip.Pr
 		for _, e := range n.Containers {
 			endpoints[e.EndpointID] = true
 			// Networks with addresses by another driver are not ours to keep.
-			if a, err := netip.ParsePrefix(e.IPv4Address); err == nil && n.IPAM.Driver == docker.Driver {
+			ours := n.IPAM.Driver == docker.Driver || n.IPAM.Driver == nullDriver
+			if a, err := netip.ParsePrefix(e.IPv4Address); err == nil && ours {
 				addrs[a.Addr()] = a
 			}
 		}
@@ -168,7 +171,7 @@ func (p *Plugin) leftOver(what string) bool {
 		p.suspects[what] = time.Now()
 		return false
 	}
-	return time.Since(since) >= patience
+	return time.Since(since) >= p.patience
 }
 
 // acquit drops suspects that were not seen again, and what was pending for
@@ -182,7 +185,7 @@ func (p *Plugin) acquit(seen map[string]bool) {
 		}
 	}
 	for addr, since := range p.pending {
-		if time.Since(since) >= patience {
+		if time.Since(since) >= p.patience {
 			delete(p.pending, addr)
 		}
 	}
@@ -192,5 +195,5 @@ func (p *Plugin) isPending(addr netip.Addr) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	since, ok := p.pending[addr]
-	return ok && time.Since(since) < patience
+	return ok && time.Since(since) < p.patience
 }

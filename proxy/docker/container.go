@@ -32,14 +32,18 @@ type ContainerInfo struct {
 	Name  string // with a leading slash
 	State struct {
 		Running bool
-		Pid     int // 0 unless running; as the engine's host counts
+		Pid     int    // 0 unless running; as the engine's host counts
+		Error   string // why the last attempt to start it failed; empty if it did not
 	}
 	Config struct {
 		Env    []string
 		Labels map[string]string
 	}
 	HostConfig struct {
-		NetworkMode string
+		NetworkMode   string
+		RestartPolicy struct {
+			Name string // "", "no", "always", "unless-stopped", "on-failure"
+		}
 	}
 	NetworkSettings struct {
 		SandboxKey string // path of the network namespace; empty unless running
@@ -101,4 +105,13 @@ func (c *Client) KillContainer(ctx context.Context, ref string) error {
 		return nil
 	}
 	return err
+}
+
+// StartContainer starts a container; one that runs already is no error.
+func (c *Client) StartContainer(ctx context.Context, ref string) error {
+	p, err := reference("container", ref)
+	if err != nil {
+		return err
+	}
+	return c.call(ctx, http.MethodPost, "/containers/"+p+"/start", nil, nil, nil)
 }

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -151,8 +152,8 @@ func TestWatcherOutlivesTheEngine(t *testing.T) {
 		if all := <-lists; len(all) != 1 || all[0].ID != fmt.Sprintf("c%d", n) || all[0].Name() != "name" {
 			t.Errorf("round %d: containers %+v", n, all)
 		}
-		want := Event{Action: ActionDie, ID: fmt.Sprintf("d%d", n), Name: "n", Time: time.Unix(0, 7)}
-		if e := <-events; e != want {
+		want := Event{Action: ActionDie, ID: fmt.Sprintf("d%d", n), Name: "n", Attributes: map[string]string{"name": "n"}, Time: time.Unix(0, 7)}
+		if e := <-events; !reflect.DeepEqual(e, want) {
 			t.Errorf("round %d: event %+v, want %+v", n, e, want)
 		}
 	}

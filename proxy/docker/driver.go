@@ -15,6 +15,11 @@ const (
 	// multicast (224.0.0.0/4). An empty value is true.
 	OptionMulticast = "works.weave.multicast"
 
+	// Choice is a label of a container on network "weave", or an option of
+	// its endpoint, that says which addresses it gets, in the words of
+	// WEAVE_CIDR.
+	Choice = "weave.cidr"
+
 	// OptionGateway is an option of an endpoint. False keeps Docker from
 	// giving a container that is on this network alone a way to the outside
 	// by its own bridge. An empty value is true.

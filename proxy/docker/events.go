@@ -18,6 +18,7 @@ type Action string
 
 // The actions a Watcher reports.
 const (
+	ActionCreate  Action = "create"
 	ActionStart   Action = "start"
 	ActionDie     Action = "die"
 	ActionDestroy Action = "destroy"
@@ -28,7 +29,9 @@ type Event struct {
 	Action Action
 	ID     string // full id of the container
 	Name   string
-	Time   time.Time
+	// Attributes holds the container's labels, among other things.
+	Attributes map[string]string
+	Time       time.Time
 }
 
 // Waits between attempts to reach the engine, and the bound on one line of the
@@ -109,7 +112,7 @@ func (w *Watcher) watch(ctx context.Context) error {
 	w.client.Renegotiate()
 	q, err := filters(map[string][]string{
 		"type":  {"container"},
-		"event": {string(ActionStart), string(ActionDie), string(ActionDestroy)},
+		"event": {string(ActionCreate), string(ActionStart), string(ActionDie), string(ActionDestroy)},
 	})
 	if err != nil {
 		return err
@@ -164,9 +167,9 @@ func parseEvent(line []byte) (Event, bool) {
 		return Event{}, false
 	}
 	switch m.Action {
-	case ActionStart, ActionDie, ActionDestroy:
+	case ActionCreate, ActionStart, ActionDie, ActionDestroy:
 		return Event{Action: m.Action, ID: m.Actor.ID, Name: m.Actor.Attributes["name"],
-			Time: time.Unix(0, m.TimeNano)}, true
+			Attributes: m.Actor.Attributes, Time: time.Unix(0, m.TimeNano)}, true
 	}
 	return Event{}, false
 }

@@ -62,6 +62,7 @@ type EndpointIPAM struct {
 // EndpointSettings says how a container is, or shall be, on a network.
 type EndpointSettings struct {
 	IPAMConfig *EndpointIPAM     `json:",omitempty"`
+	Aliases    []string          `json:",omitempty"`
 	DriverOpts map[string]string `json:",omitempty"`
 	NetworkID  string            `json:",omitempty"`
 	EndpointID string            `json:",omitempty"`

@@ -129,6 +129,12 @@ func (p *Proxy) create(w http.ResponseWriter, r *http.Request) {
 		writeError(w, http.StatusBadRequest, err)
 		return
 	}
+	if wanted.attach {
+		if body, err = p.namer.rewrite(body, r.URL.Query()); err != nil {
+			writeError(w, http.StatusInternalServerError, fmt.Errorf("weave: %w", err))
+			return
+		}
+	}
 	list, rest := wanted.split(p.cfg.DefaultSubnet)
 	// Once the engine has made the container, it is put on its networks or
 	// removed, whether the client waits for it or not.
@@ -173,6 +179,11 @@ func (a answer) send(w http.ResponseWriter) {
 
 // roundTrip sends a request with the given body and reads the answer.
 func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (answer, error) {
+	return p.roundTripUpTo(ctx, r, body, maxCreated)
+}
+
+// roundTripUpTo is roundTrip for an answer of at most limit bytes.
+func (p *Proxy) roundTripUpTo(ctx context.Context, r *http.Request, body []byte, limit int64) (answer, error) {
 	out := r.Clone(ctx)
 	out.URL.Scheme, out.URL.Host, out.RequestURI = "http", "docker", ""
 	// An empty body must be none: a chunked one of no bytes counts as a body.
@@ -190,7 +201,7 @@ func (p *Proxy) roundTrip(ctx context.Context, r *http.Request, body []byte) (an
 		return answer{}, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	read, err := io.ReadAll(io.LimitReader(resp.Body, maxCreated))
+	read, err := io.ReadAll(io.LimitReader(resp.Body, limit))
 	return answer{resp.StatusCode, resp.Header, read}, err
 }
 

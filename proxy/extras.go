@@ -40,7 +40,7 @@ func newExtras(cfg Config) *extras {
 			e.started(ev.ID)
 		case docker.ActionDestroy:
 			e.forget(ev.ID)
-		case docker.ActionDie:
+		case docker.ActionCreate, docker.ActionDie:
 		}
 	})
 	cfg.Watch.OnConnect(func(_ context.Context, all []docker.Container) {

@@ -14,6 +14,7 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -48,11 +49,16 @@ const (
 // Config is what a Proxy is made of.
 type Config struct {
 	// Listen holds addresses: unix:///path, /path, tcp://host:port or
-	// host:port; no TLS. Clients are told of the first one.
+	// host:port. Clients are told of the first one.
 	Listen []string
+	TLS    *tls.Config // of TCP listeners; nil: none
 	Docker *docker.Client
 	// NoDefaultIPAlloc leaves containers without WEAVE_CIDR alone.
 	NoDefaultIPAlloc bool
+	Hostnames        Hostnames // of containers that are attached
+	// RewriteInspect shows a container's address of ours where clients look
+	// for one of the engine's own network.
+	RewriteInspect bool
 	// Network makes the network for a subnet unless it is there, zero being
 	// the default subnet, and returns its name.
 	Network       func(ctx context.Context, subnet netip.Prefix) (string, error)
@@ -75,6 +81,7 @@ type Proxy struct {
 	forward   *httputil.ReverseProxy
 	tunnels   tunnels
 	extras    *extras
+	namer     *namer
 }
 
 // New binds the sockets, in place of ones that were left behind. Run serves
@@ -84,7 +91,11 @@ func New(cfg Config) (*Proxy, error) {
 		cfg.Attach == nil || cfg.Watch == nil || cfg.Store == nil || cfg.Log == nil {
 		return nil, errors.New("proxy: incomplete configuration")
 	}
-	p := &Proxy{cfg: cfg, tunnels: tunnels{open: make(map[net.Conn]struct{})}, extras: newExtras(cfg)}
+	names, err := newNamer(cfg.Hostnames)
+	if err != nil {
+		return nil, err
+	}
+	p := &Proxy{cfg: cfg, namer: names, tunnels: tunnels{open: make(map[net.Conn]struct{})}, extras: newExtras(cfg)}
 	p.forward = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "docker"
@@ -151,7 +162,11 @@ func (p *Proxy) listen(addr string) error {
 		if err != nil {
 			return err
 		}
-		p.listeners = append(p.listeners, l)
+		if p.cfg.TLS != nil {
+			p.listeners = append(p.listeners, tls.NewListener(l, p.cfg.TLS))
+		} else {
+			p.listeners = append(p.listeners, l)
+		}
 		url = schemeTCP + l.Addr().String()
 	}
 	p.addresses = append(p.addresses, url)

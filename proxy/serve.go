@@ -27,6 +27,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.create(w, r)
 	case r.Method == http.MethodPost && startedContainer(path) != "" && p.extras.any():
 		p.start(w, r, startedContainer(path))
+	case p.cfg.RewriteInspect && r.Method == http.MethodGet && inspectedContainer(path) != "":
+		p.inspect(w, r)
 	case takesOver(r, path):
 		p.tunnel(w, r)
 	default:

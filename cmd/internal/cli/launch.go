@@ -39,6 +39,7 @@ type launchFlags struct {
 	trusted    string
 	foreground bool
 	noDNS      bool
+	tls        tlsFlags
 }
 
 const launchHelp = `Start the router on this host and return when it is ready, printing its peer
@@ -109,6 +110,11 @@ func (f *launchFlags) register(c *cobra.Command) {
 	fs.BoolVar(&f.cfg.Plugin, "plugin", true, "serve the Docker network driver")
 	fs.StringVar(&f.cfg.PluginSocket, "plugin-socket", daemon.DefaultPluginSocket, "socket of the network driver")
 	fs.BoolVar(&f.cfg.NoDefaultIPAlloc, "no-default-ipalloc", false, "the proxy leaves containers without WEAVE_CIDR alone")
+	fs.StringVar(&f.cfg.Hostnames.FromLabel, "hostname-from-label", "", "the proxy takes containers' host names from this label, where it is set, else from their names")
+	fs.StringVar(&f.cfg.Hostnames.Match, "hostname-match", "", "regular expression to replace in a container's name to get its host name")
+	fs.StringVar(&f.cfg.Hostnames.Replacement, "hostname-replacement", "", "what --hostname-match is replaced by; $1 for a group")
+	fs.BoolVar(&f.cfg.RewriteInspect, "rewrite-inspect", false, "the proxy shows the weave address as the container's own")
+	f.tls.register(c)
 	fs.BoolVar(&f.cfg.NoMulticastRoute, "no-multicast-route", false, "do not route multicast over the network in containers")
 	fs.StringVar(&f.cfg.LogLevel, "log-level", "info", "debug, info, warn or error")
 	fs.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, for service managers and containers")
@@ -169,6 +175,7 @@ func (f *launchFlags) config(e *env, peers []string) (daemon.Config, error) {
 	if cfg.DefaultSubnet, err = flagPrefix("--ipalloc-default-subnet", f.subnet); err != nil {
 		return cfg, err
 	}
+	cfg.ProxyTLS = f.tls.files()
 	cfg.Init = f.init
 	return cfg, cfg.Check()
 }

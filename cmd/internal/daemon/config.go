@@ -15,6 +15,7 @@ import (
 
 	"weave.local/ipam"
 	"weave.local/peer"
+	"weave.local/proxy"
 )
 
 // Where things are unless told otherwise.
@@ -78,6 +79,9 @@ type Config struct {
 	ProxyListen      []string
 	PluginSocket     string
 	NoDefaultIPAlloc bool
+	Hostnames        proxy.Hostnames
+	RewriteInspect   bool
+	ProxyTLS         *proxy.TLSFiles // of TCP addresses in ProxyListen; nil: none
 	NoMulticastRoute bool
 
 	// Ready is called once everything serves.

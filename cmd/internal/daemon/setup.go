@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -347,6 +348,7 @@ func (d *daemon) openDocker(context.Context) error {
 			d.attach.ContainerDied(e.ID)
 		case docker.ActionDestroy:
 			d.attach.ContainerDestroyed(e.ID)
+		case docker.ActionCreate:
 		}
 	})
 	if !d.cfg.Plugin {
@@ -369,9 +371,16 @@ func (d *daemon) openDocker(context.Context) error {
 	if !d.cfg.Proxy {
 		return nil
 	}
+	var secure *tls.Config
+	if d.cfg.ProxyTLS != nil {
+		if secure, err = d.cfg.ProxyTLS.Load(); err != nil {
+			return err
+		}
+	}
 	d.proxy, err = proxy.New(proxy.Config{
 		Listen: append([]string{"unix://" + d.proxySocket()}, d.cfg.ProxyListen...), Docker: d.docker,
 		Network: d.plugin.Network, DefaultSubnet: d.defaultSubnet(), NoDefaultIPAlloc: d.cfg.NoDefaultIPAlloc || d.alloc == nil,
+		Hostnames: d.cfg.Hostnames, RewriteInspect: d.cfg.RewriteInspect, TLS: secure,
 		Attach: d.attach, Watch: d.watcher, Store: d.store.Bucket("proxy"), Log: d.log.With("part", "proxy"),
 	})
 	if err != nil {

@@ -1,0 +1,79 @@
+package proxy
+
+import (
+	"encoding/json"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+
+	"weave.local/proxy/docker"
+	"weave.local/router/attach"
+)
+
+// maxInspect is the longest description of a container that is rewritten, in
+// bytes.
+const maxInspect = 16 << 20
+
+// inspectedContainer is the container that a path describes, "" if none.
+func inspectedContainer(path string) string {
+	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
+	if len(parts) == 3 && parts[0] == "containers" && parts[2] == "json" {
+		return parts[1]
+	}
+	return ""
+}
+
+// inspect serves the description of a container with our address in the fields
+// that once were those of the engine's own network: some clients read no
+// others.
+func (p *Proxy) inspect(w http.ResponseWriter, r *http.Request) {
+	a, err := p.roundTripUpTo(r.Context(), r, nil, maxInspect)
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	if a.status == http.StatusOK {
+		if body, ok := rewriteInspect(a.body, p.cfg.Attach.List()); ok {
+			a.body = body
+			a.header.Set("Content-Length", strconv.Itoa(len(body)))
+		}
+	}
+	a.send(w)
+}
+
+// rewriteInspect puts the first of our endpoints of a container into the
+// legacy fields; false if there is none. The rest stays as it is.
+func rewriteInspect(body []byte, all []attach.Attachment) ([]byte, bool) {
+	var info docker.ContainerInfo
+	if json.Unmarshal(body, &info) != nil {
+		return nil, false
+	}
+	ours := make(map[string]attach.Attachment)
+	for _, a := range all {
+		if a.Kind == attach.KindEndpoint && len(a.Addrs) > 0 {
+			ours[a.ID] = a
+		}
+	}
+	networks := info.NetworkSettings.Networks
+	names := slices.Sorted(maps.Keys(networks))
+	i := slices.IndexFunc(names, func(n string) bool { _, ok := ours[networks[n].EndpointID]; return ok })
+	if i < 0 {
+		return nil, false
+	}
+	found := ours[networks[names[i]].EndpointID]
+	var object map[string]json.RawMessage
+	if json.Unmarshal(body, &object) != nil {
+		return nil, false
+	}
+	for field, value := range map[string]any{
+		"MacAddress": found.MAC.String(), "IPAddress": found.Addrs[0].Addr().String(), "IPPrefixLen": found.Addrs[0].Bits(),
+	} {
+		if setField(object, "NetworkSettings", field, value) != nil {
+			return nil, false
+		}
+	}
+	out, err := json.Marshal(object)
+	return out, err == nil
+}

@@ -3,13 +3,20 @@ package router
 import (
 	"maps"
 	"slices"
+	"time"
 
 	"weave.local/peer"
 	"weave.local/router/overlay"
 )
 
+// settle is how long after the loss of a link the link state may still be
+// taken for a relay what is a dead daemon: others find out up to one dead
+// interval of their links later, and the flooding takes its time.
+const settle = 5 * time.Second
+
 // view is all a forwarding decision depends on.
 type view struct {
+	now        time.Time
 	self       peer.Info
 	neighbours []overlay.Neighbour  // peers with a live control link
 	paths      map[peer.Name]string // usable data path to each neighbour; absent when there is none
@@ -25,25 +32,37 @@ type route struct {
 	path   string
 	parent peer.Name
 	kids   []peer.Name
+	direct string      // path while the peer was a neighbour; empty: it never was
+	spread []peer.Name // kids of that time
 }
 
 // plan turns views into forwarding state and remembers what the views no
 // longer tell: the kernel path to a peer outlives that peer's daemon, so a
 // peer whose control link is gone and that nobody else reaches stays where it
 // was last seen. The memory of a peer ends when a newer route to it is known.
+//
+// When a daemon dies its neighbours notice one after the other, and each sees
+// for a moment a route through those that have not noticed yet. Such a route is
+// used but does not replace the memory of the direct one before it has lasted.
 type plan struct {
 	routes     map[peer.Name]route
 	neighbours map[peer.Name]overlay.Neighbour
+	lost       map[peer.Name]time.Time // when the link to a neighbour went
 }
 
 func newPlan() *plan {
-	return &plan{routes: make(map[peer.Name]route), neighbours: make(map[peer.Name]overlay.Neighbour)}
+	return &plan{
+		routes:     make(map[peer.Name]route),
+		neighbours: make(map[peer.Name]overlay.Neighbour),
+		lost:       make(map[peer.Name]time.Time),
+	}
 }
 
 // forget drops the memory of a peer that was removed for good.
 func (pl *plan) forget(name peer.Name) {
 	delete(pl.routes, name)
 	delete(pl.neighbours, name)
+	delete(pl.lost, name)
 }
 
 func (pl *plan) step(v view) overlay.Forwarding {
@@ -51,6 +70,12 @@ func (pl *plan) step(v view) overlay.Forwarding {
 	for _, n := range v.neighbours {
 		live[n.Name] = true
 		pl.neighbours[n.Name] = n
+		delete(pl.lost, n.Name)
+	}
+	for name := range pl.neighbours {
+		if _, noted := pl.lost[name]; !noted && !live[name] {
+			pl.lost[name] = v.now
+		}
 	}
 	known := make(map[peer.Name]bool, len(v.peers))
 	for _, p := range v.peers {
@@ -75,9 +100,13 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 	}
 	via, ok := v.nextHop(p.Name)
 	if !ok {
-		if before {
-			pl.routes[p.Name] = r
+		if !before {
+			return
 		}
+		if r.direct != "" && pl.justLost(p.Name, v.now) {
+			r.via, r.path, r.parent, r.kids = p.Name, r.direct, p.Name, r.spread
+		}
+		pl.routes[p.Name] = r
 		return
 	}
 	if path := v.paths[via]; path != "" {
@@ -90,7 +119,17 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 	if parent, kids, ok := v.tree(p.Name); ok {
 		r.parent, r.kids = parent, kids
 	}
+	if r.via == p.Name {
+		r.direct, r.spread = r.path, r.kids
+	}
 	pl.routes[p.Name] = r
+}
+
+// justLost says whether the link to a neighbour went so lately that what the
+// link state tells may be on its way yet.
+func (pl *plan) justLost(name peer.Name, now time.Time) bool {
+	at, ok := pl.lost[name]
+	return ok && now.Sub(at) < settle
 }
 
 // dropReusedIDs forgets peers that are gone and whose short id now belongs to
@@ -141,7 +180,7 @@ func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
 	slices.Sort(own)
 	f.Trees[f.Self] = overlay.Tree{Children: own}
 	for name, n := range pl.neighbours {
-		if live[name] || pl.routes[name].via == name {
+		if live[name] || pl.routes[name].via == name || pl.justLost(name, v.now) {
 			if n.ShortID = id(name); n.ShortID != 0 {
 				f.Neighbours = append(f.Neighbours, n)
 			}

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"testing"
+	"time"
 
 	"weave.local/peer"
 	"weave.local/router/overlay"
@@ -32,6 +33,7 @@ func neighbourOf(n peer.Name) overlay.Neighbour {
 //	   c
 func fullView() view {
 	return view{
+		now:        time.Unix(1000, 0),
 		self:       info(a),
 		neighbours: []overlay.Neighbour{neighbourOf(b), neighbourOf(c)},
 		paths:      map[peer.Name]string{b: overlay.FastDP, c: overlay.FastDP},
@@ -117,10 +119,17 @@ func TestPlanNoHopBeforeAPathIsProven(t *testing.T) {
 func TestPlanRelaysAroundACut(t *testing.T) {
 	p := newPlan()
 	p.step(fullView())
-	f := p.step(cutView())
+	v := cutView()
+	f := p.step(v)
+	hop(t, f, c, b, overlay.FastDP)
+	if !isNeighbour(f, c) {
+		t.Error("frames that c sent directly are not accepted any more while others find out")
+	}
+	v.now = v.now.Add(2 * settle)
+	f = p.step(v)
 	hop(t, f, c, b, overlay.FastDP)
 	if isNeighbour(f, c) {
-		t.Error("c still counts as neighbour although it is reached through b")
+		t.Error("c still counts as neighbour although it is reached through b for long")
 	}
 	if kids := f.Trees[f.Self].Children; !slices.Equal(kids, []peer.ShortID{peer.ShortID(b)}) {
 		t.Errorf("own broadcasts go to %v: c would get them twice", kids)
@@ -146,6 +155,41 @@ func TestPlanKeepsThePathToAKilledDaemon(t *testing.T) {
 	back := fullView()
 	delete(back.paths, c)
 	hop(t, p.step(back), c, c, overlay.FastDP)
+}
+
+// TestPlanSeesThroughTheRelayThatIsNone: the daemon of c was killed; we notice
+// first, and b, which has not yet, looks like a relay for a moment.
+func TestPlanSeesThroughTheRelayThatIsNone(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	p.step(cutView())
+	v := deadView()
+	v.now = v.now.Add(time.Second)
+	f := p.step(v)
+	hop(t, f, c, c, overlay.FastDP)
+	if !isNeighbour(f, c) || f.Trees[peer.ShortID(c)].Parent != peer.ShortID(c) {
+		t.Error("frames of c's kernel are not accepted any more")
+	}
+	v.now = v.now.Add(time.Hour)
+	f = p.step(v)
+	hop(t, f, c, c, overlay.FastDP)
+	if !isNeighbour(f, c) {
+		t.Error("frames of c's kernel are not accepted any more an hour later")
+	}
+}
+
+// TestPlanKeepsTheRelayToAKilledDaemon: c was reached through b for long when
+// its daemon died; the way of old would lead nowhere.
+func TestPlanKeepsTheRelayToAKilledDaemon(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	p.step(cutView())
+	v := cutView()
+	v.now = v.now.Add(time.Hour)
+	p.step(v)
+	dead := deadView()
+	dead.now = v.now.Add(time.Second)
+	hop(t, p.step(dead), c, b, overlay.FastDP)
 }
 
 func TestPlanForgets(t *testing.T) {

@@ -300,6 +300,7 @@ func (r *Router) forwarding() overlay.Forwarding {
 	topo := r.cfg.Mesh.Topology()
 	self := r.cfg.Mesh.Self()
 	v := view{
+		now:     time.Now(),
 		self:    self,
 		paths:   make(map[peer.Name]string),
 		nextHop: topo.NextHop,

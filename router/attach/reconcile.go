@@ -52,7 +52,7 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 
 func (m *Manager) warn(what, id string, err error) {
 	if err != nil {
-		m.cfg.Log.Warn(what, "id", id, "err", err)
+		m.cfg.Log.Warn("adopting what is attached", "what", what, "id", id, "err", err)
 	}
 }
 

@@ -96,7 +96,7 @@ func (r *receiver) datagram(d []byte) error {
 
 func (r *receiver) piece(n *neighbour, h *header, body []byte) error {
 	if h.kind == kindSegment {
-		if r.run.takes(n, h, body) {
+		if r.run.takes(n, h) {
 			r.run.add(h, body)
 		} else {
 			if err := r.flush(); err != nil {

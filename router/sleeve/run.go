@@ -15,7 +15,7 @@ type run struct {
 }
 
 // takes says whether the segment goes on where the run ends.
-func (r *run) takes(n *neighbour, h *header, body []byte) bool {
+func (r *run) takes(n *neighbour, h *header) bool {
 	return r.from == n && r.sameFrame(h) && int(h.offset) == r.next && !r.ended && r.used < maxParts
 }
 

@@ -2,6 +2,7 @@ package api
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"time"
@@ -101,7 +102,12 @@ func peerReport(rec peer.Record, topo peer.Snapshot, nick map[peer.Name]string) 
 func (s *Server) connections() []Connection {
 	paths := s.cfg.Router.Paths()
 	var out []Connection
-	for _, c := range s.cfg.Mesh.Connections() {
+	all := s.cfg.Mesh.Connections()
+	linked := linkedAddresses(all)
+	for _, c := range all {
+		if c.State != link.Connected && linked[c.Addr] {
+			continue // the peer there dialled us meanwhile
+		}
 		row := Connection{Address: c.Addr, Outbound: c.Outbound, Attrs: map[string]string{}}
 		switch c.State {
 		case link.Connected:
@@ -143,6 +149,21 @@ func (s *Server) connected(row *Connection, c link.Connection, p router.PathStat
 		}
 		row.Info = fmt.Sprintf("%-11s %s", word, row.Info)
 	}
+}
+
+// linkedAddresses are those where peers with a live link listen, whichever end
+// dialled.
+func linkedAddresses(all []link.Connection) map[string]bool {
+	out := make(map[string]bool)
+	for _, c := range all {
+		if c.State != link.Connected {
+			continue
+		}
+		if remote, err := netip.ParseAddrPort(c.Addr); err == nil {
+			out[netip.AddrPortFrom(remote.Addr(), c.Peer.Port).String()] = true
+		}
+	}
+	return out
 }
 
 func rank(state string) int { return slices.Index(connectionStates(), state) }

@@ -35,6 +35,20 @@ func TestSpoofing(t *testing.T) {
 			b.want(c.name, outcome{Verdict: verdict}, verdictDrop, "dropped_spoofed")
 		}
 	}
+	// A port of any source may lie about IP, not about its MAC.
+	ports, err := b.Ports.All()
+	p := ports[1]
+	p.AnySource = true
+	b.must(err, b.Ports.Put(1, p))
+	for _, c := range cases {
+		verdict, name := b.plain(PortIn, c.frame), c.name+" by a port of any source"
+		switch c.name {
+		case "another's MAC", "ARP with another's MAC", "VLAN 0":
+			b.want(name, outcome{Verdict: verdict}, verdictDrop, "dropped_spoofed")
+		default:
+			b.want(name, outcome{Verdict: verdict}, verdictPass)
+		}
+	}
 	b.must(b.Ports.Delete(1))
 	verdict := b.plain(PortIn, cases[0].frame)
 	b.want("unknown port", outcome{Verdict: verdict}, verdictDrop, "dropped_unknown_port")

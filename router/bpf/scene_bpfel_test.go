@@ -102,6 +102,14 @@ type sceneScene struct {
 	C_tci uint16
 }
 
+type sceneTraffic struct {
+	_         structs.HostLayout
+	TxPackets uint64
+	TxBytes   uint64
+	RxPackets uint64
+	RxBytes   uint64
+}
+
 type sceneTree struct {
 	_      structs.HostLayout
 	Parent uint16
@@ -124,6 +132,7 @@ const (
 	sceneMapOutcomes       = "outcomes"
 	sceneMapPorts          = "ports"
 	sceneMapScenes         = "scenes"
+	sceneMapTraffics       = "traffics"
 	sceneMapTrees          = "trees"
 	sceneProgPortIn        = "port_in"
 	sceneProgPortOut       = "port_out"
@@ -209,6 +218,7 @@ type sceneMapSpecs struct {
 	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Scenes     *ebpf.MapSpec `ebpf:"scenes"`
+	Traffics   *ebpf.MapSpec `ebpf:"traffics"`
 	Trees      *ebpf.MapSpec `ebpf:"trees"`
 }
 
@@ -252,6 +262,7 @@ type sceneMaps struct {
 	Outcomes   *ebpf.Map `ebpf:"outcomes"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Scenes     *ebpf.Map `ebpf:"scenes"`
+	Traffics   *ebpf.Map `ebpf:"traffics"`
 	Trees      *ebpf.Map `ebpf:"trees"`
 }
 
@@ -268,6 +279,7 @@ func (m *sceneMaps) Close() error {
 		m.Outcomes,
 		m.Ports,
 		m.Scenes,
+		m.Traffics,
 		m.Trees,
 	)
 }

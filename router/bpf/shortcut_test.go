@@ -81,3 +81,32 @@ func TestShortcutIn(t *testing.T) {
 	s.Outer.Flags = 0x20 // 0x2000 in network order
 	b.want("error about our own frame", b.run("scene_vxlan_in", s, frame(localMAC(), remoteMAC())), verdictRedirect, "pmtu", "shortcut")
 }
+
+func TestTraffic(t *testing.T) {
+	b := newBench(t)
+	frame := ethernet(remoteMAC(), localMAC(), 0x0800, ipv4("10.32.0.1"))
+	size := uint64(len(frame))
+	want := func(what string, id uint16, tx, rx uint64) {
+		t.Helper()
+		got, err := b.Traffic(id)
+		b.must(err)
+		if want := (Traffic{TxPackets: tx, TxBytes: tx * size, RxPackets: rx, RxBytes: rx * size}); got != want {
+			t.Errorf("%s: neighbour %d: %+v, want %+v", what, id, got, want)
+		}
+	}
+	b.run("scene_vxlan_out", sceneScene{}, frame)
+	want("sent by way of left", left, 1, 0)
+	want("sent by way of left", beyond, 0, 0)
+	b.run("scene_vxlan_in", fromVXLAN(rightAddr(), right, beyond, 20), frame)
+	want("relayed to left", left, 2, 0)
+	want("relayed from right", right, 0, 1)
+	b.run("scene_vxlan_out", sceneScene{}, ethernet(broadcast(), localMAC(), 0x0800, ipv4("10.32.0.1")))
+	want("flooded", left, 3, 0)
+	want("flooded", right, 1, 1)
+	b.run("scene_vxlan_out", sceneScene{}, ethernet(slowMAC(), localMAC(), 0x0800, ipv4("10.32.0.1")))
+	want("by the TAP", slow, 0, 0)
+	b.must(b.Neighbours.Put(AddrOf(leftAddr()), Neighbour{N: 2, ID: [MaxSharing]uint16{left, 6}}))
+	b.run("scene_vxlan_in", fromVXLAN(leftAddr(), 6, self, 9), frame)
+	want("of two behind one address", left, 3, 0)
+	want("of two behind one address", 6, 0, 1)
+}

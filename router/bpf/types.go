@@ -109,7 +109,11 @@ type Endpoint struct {
 
 // Port is a device of this host with what may be sent from it.
 type Port struct {
-	MAC     MAC
+	MAC MAC
+	// AnySource lets the port send from any IP address, but only from its
+	// own MAC.
+	AnySource bool
+
 	Veth    bool // one end of a veth pair: the shortcut may lead into the other
 	Subnets Subnets
 	N       int // how many of Addrs are in use
@@ -131,8 +135,11 @@ func PortOf(mac MAC, addrs []netip.Prefix) (Port, error) {
 	return p, nil
 }
 
-// portVeth is PORT_VETH.
-const portVeth = 1
+// Bits of flags of struct port: PORT_VETH and so on.
+const (
+	portVeth = 1 << iota
+	portAnySource
+)
 
 // ipv6Subnet stands for the length of an IPv6 prefix, which is not kept.
 const ipv6Subnet = 64
@@ -154,6 +161,29 @@ func (p Port) Prefixes() []netip.Prefix {
 		}
 	}
 	return out
+}
+
+// Traffic is what was exchanged with a neighbour on the fast path, relayed
+// frames included. A super-frame counts as the packets it stands for; bytes are
+// those of the frames inside.
+type Traffic struct {
+	TxPackets, TxBytes, RxPackets, RxBytes uint64
+}
+
+// Traffic returns what was exchanged with the neighbour of a short id since the
+// maps were made.
+func (o *Objects) Traffic(neighbour uint16) (t Traffic, err error) {
+	var perCPU []weaveTraffic
+	if err := o.objs.Traffics.Lookup(uint32(neighbour), &perCPU); err != nil {
+		return t, fmt.Errorf("traffic of neighbour %d: %w", neighbour, err)
+	}
+	for _, c := range perCPU {
+		t.TxPackets += c.TxPackets
+		t.TxBytes += c.TxBytes
+		t.RxPackets += c.RxPackets
+		t.RxBytes += c.RxBytes
+	}
+	return t, nil
 }
 
 func (o *Objects) bindTables() {
@@ -266,6 +296,9 @@ func encodePort(k uint32, v Port) (uint32, weavePort) {
 	if v.Veth {
 		p.Flags |= portVeth
 	}
+	if v.AnySource {
+		p.Flags |= portAnySource
+	}
 	p.Subnets.Key = rawSubnets(v.Subnets)
 	for i, a := range v.Addrs {
 		p.Addrs[i].B = a
@@ -274,7 +307,8 @@ func encodePort(k uint32, v Port) (uint32, weavePort) {
 }
 
 func decodePort(k uint32, v weavePort) (uint32, Port) {
-	p := Port{MAC: v.Mac, Veth: v.Flags&portVeth != 0, N: int(v.N_addrs), Subnets: subnetsFromRaw(v.Subnets.Key)}
+	p := Port{MAC: v.Mac, N: int(v.N_addrs), Subnets: subnetsFromRaw(v.Subnets.Key)}
+	p.Veth, p.AnySource = v.Flags&portVeth != 0, v.Flags&portAnySource != 0
 	for i, a := range v.Addrs {
 		p.Addrs[i] = a.B
 	}

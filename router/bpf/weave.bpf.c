@@ -122,7 +122,8 @@ struct endpoint {
 	struct subnets subnets;
 };
 
-#define PORT_VETH 1 /* the shortcut leads into the other end */
+#define PORT_VETH 1	  /* the shortcut leads into the other end */
+#define PORT_ANY_SOURCE 2 /* may send from any IP address */
 
 /* a device of this host and what may be sent from it */
 struct port {
@@ -138,6 +139,12 @@ struct port {
  * processors may take the same token, which does no harm. */
 struct bucket {
 	__u64 full;
+};
+
+/* what was exchanged with a neighbour by VXLAN; a super-frame counts as the
+ * packets it stands for */
+struct traffic {
+	__u64 tx_packets, tx_bytes, rx_packets, rx_bytes;
 };
 
 /* a probe that arrived */
@@ -251,6 +258,14 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
+/* by short id of the neighbour */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, SHORT_ID + 1);
+	__type(key, __u32);
+	__type(value, struct traffic);
+} traffics SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 16);
@@ -266,6 +281,22 @@ static __always_inline void count(__u32 which)
 	__u64 *v = bpf_map_lookup_elem(&counters, &which);
 	if (v)
 		(*v)++;
+}
+
+static __always_inline void count_traffic(struct __sk_buff *skb, __u32 neighbour, int received)
+{
+	struct traffic *t = bpf_map_lookup_elem(&traffics, &neighbour);
+	__u32 packets = skb->gso_segs ? skb->gso_segs : 1;
+
+	if (!t)
+		return;
+	if (received) {
+		t->rx_packets += packets;
+		t->rx_bytes += skb->len;
+	} else {
+		t->tx_packets += packets;
+		t->tx_bytes += skb->len;
+	}
 }
 
 static __always_inline int drop(__u32 why)
@@ -383,6 +414,7 @@ static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src,
 	}
 	if (encapsulate(skb, c, h, src, dst, ttl))
 		return drop(COUNT_DROPPED_SEND);
+	count_traffic(skb, h->via, 0);
 	if (on_vxlan)
 		return PASS;
 	skb->mark = MARK_SENT;
@@ -404,6 +436,7 @@ __attribute__((noinline)) int flood_copy(struct __sk_buff *skb, __u32 src, __u32
 		return COPY_FOR_SLEEVE;
 	if (encapsulate(skb, c, h, src, 0, ttl))
 		return -1;
+	count_traffic(skb, child, 0);
 	return bpf_clone_redirect(skb, c->vxlan_if, 0) ? -1 : 0;
 }
 
@@ -592,6 +625,8 @@ static __always_inline int receive_vxlan(struct __sk_buff *skb, struct cfg *c, s
 	struct neighbour *from = bpf_map_lookup_elem(&neighbours, &o->remote);
 	if (!from)
 		return drop(COUNT_DROPPED_NOT_NEIGHBOUR);
+	/* Of several behind one address it is told only who sends frames of his own. */
+	count_traffic(skb, is_among(from, src) ? src : from->id[0], 1);
 	return receive(skb, c, from, src, dst, o->ttl, 0);
 }
 
@@ -734,6 +769,8 @@ static __always_inline int same_addr(const struct addr *a, const struct addr *b)
 
 static __always_inline int owns_addr(struct port *p, struct addr *a)
 {
+	if (p->flags & PORT_ANY_SOURCE)
+		return 1;
 	for (int i = 0; i < MAX_ADDRS; i++) {
 		if (i >= p->n_addrs)
 			break;

@@ -124,6 +124,14 @@ type weavePort struct {
 	Addrs [8]weaveAddr
 }
 
+type weaveTraffic struct {
+	_         structs.HostLayout
+	TxPackets uint64
+	TxBytes   uint64
+	RxPackets uint64
+	RxBytes   uint64
+}
+
 type weaveTree struct {
 	_      structs.HostLayout
 	Parent uint16
@@ -144,6 +152,7 @@ const (
 	weaveMapLimits        = "limits"
 	weaveMapNeighbours    = "neighbours"
 	weaveMapPorts         = "ports"
+	weaveMapTraffics      = "traffics"
 	weaveMapTrees         = "trees"
 	weaveProgPortIn       = "port_in"
 	weaveProgPortOut      = "port_out"
@@ -219,6 +228,7 @@ type weaveMapSpecs struct {
 	Limits     *ebpf.MapSpec `ebpf:"limits"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Traffics   *ebpf.MapSpec `ebpf:"traffics"`
 	Trees      *ebpf.MapSpec `ebpf:"trees"`
 }
 
@@ -260,6 +270,7 @@ type weaveMaps struct {
 	Limits     *ebpf.Map `ebpf:"limits"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
 	Ports      *ebpf.Map `ebpf:"ports"`
+	Traffics   *ebpf.Map `ebpf:"traffics"`
 	Trees      *ebpf.Map `ebpf:"trees"`
 }
 
@@ -274,6 +285,7 @@ func (m *weaveMaps) Close() error {
 		m.Limits,
 		m.Neighbours,
 		m.Ports,
+		m.Traffics,
 		m.Trees,
 	)
 }

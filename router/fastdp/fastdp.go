@@ -42,6 +42,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -323,6 +324,23 @@ func (d *DataPath) Name() string { return overlay.FastDP }
 // Counters returns frames counted by event; see bpf.Objects.Counters for the
 // names.
 func (d *DataPath) Counters() (map[string]uint64, error) { return d.objs.Counters() }
+
+// Traffic is what was exchanged with each neighbour on this path since the
+// tables were made.
+func (d *DataPath) Traffic() (map[peer.ShortID]bpf.Traffic, error) {
+	d.sendMu.Lock()
+	ids := slices.Collect(maps.Keys(d.neighbours))
+	d.sendMu.Unlock()
+	all := make(map[peer.ShortID]bpf.Traffic, len(ids))
+	for _, id := range ids {
+		t, err := d.objs.Traffic(uint16(id))
+		if err != nil {
+			return nil, err
+		}
+		all[id] = t
+	}
+	return all, nil
+}
 
 // Run passes arriving probes on, and watches for rules that concern bridged
 // frames, until ctx ends.

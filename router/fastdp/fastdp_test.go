@@ -297,3 +297,57 @@ func testIPv6Underlay(t *testing.T, k kind) {
 		t.Error("9000 bytes do not come back")
 	}
 }
+
+// A router or the holder of a virtual address sends from addresses that are
+// not its own, if it may; that outlives the daemon.
+func TestAnySource(t *testing.T) {
+	l := newLine(t, 1500)
+	a, b := l[0], l[1]
+	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
+	b1.echo()
+	l.apply(nil)
+	if !a1.reaches(b1.addr(), 100) {
+		t.Fatal("no way between the hosts")
+	}
+	virtual := udp(a1.port.MAC, b1.port.MAC, netip.MustParseAddr("10.32.0.200"), b1.addr())
+	otherMAC := udp(overlay.MAC{2, 9}, b1.port.MAC, a1.addr(), b1.addr())
+	spoofed, got := a.counter("dropped_spoofed"), b1.datagrams()
+	a1.raw(virtual, otherMAC)
+	if n := a.counter("dropped_spoofed") - spoofed; n != 2 {
+		t.Errorf("%d frames dropped as spoofed, want 2", n)
+	}
+	a1.port.AnySource = true
+	a.must(func() error { return a.dp.SetPort(a1.port) })
+	if err := a.dp.Close(); err != nil {
+		t.Fatal(err)
+	}
+	a.start()
+	a1.raw(virtual, otherMAC)
+	wait(t, "a frame from a virtual address", func() bool { return b1.datagrams() > got })
+	if n := a.counter("dropped_spoofed") - spoofed; n != 3 {
+		t.Errorf("%d frames dropped as spoofed, want 3: the MAC is checked all the same", n)
+	}
+}
+
+func TestTraffic(t *testing.T) {
+	l := newLine(t, 1500, 1500)
+	a1, c1 := l[0].container("10.32.0.1/24"), l[2].container("10.32.0.3/24")
+	c1.echo()
+	l.apply(nil)
+	if !a1.reaches(c1.addr(), 1000) {
+		t.Fatal("no way between the hosts")
+	}
+	all, err := l[1].dp.Traffic()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []peer.ShortID{1, 3} {
+		n := all[id]
+		if n.RxPackets == 0 || n.TxPackets == 0 || n.RxBytes < 1000 || n.TxBytes < 1000 {
+			t.Errorf("B with neighbour %d: %+v", id, n)
+		}
+	}
+	if len(all) != 2 {
+		t.Errorf("traffic with %d neighbours", len(all))
+	}
+}

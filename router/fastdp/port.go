@@ -22,7 +22,7 @@ func (d *DataPath) SetPort(p overlay.Port) error {
 	if err != nil {
 		return fmt.Errorf("port %s: %w", p.IfName, err)
 	}
-	port.Veth = dev.Kind == "veth"
+	port.Veth, port.AnySource = dev.Kind == "veth", p.AnySource
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	old, replaced := d.ports[p.IfIndex]

@@ -79,10 +79,11 @@ func (d *DataPath) checkRules() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.checked = time.Now()
-	if why == d.barred {
+	before := d.barred
+	d.barred = why // rules may be listed with counters, so this one may differ each time
+	if (why == "") == (before == "") {
 		return
 	}
-	d.barred = why
 	if why == "" {
 		d.log.Info("frames between containers go past the bridge")
 		return

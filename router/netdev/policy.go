@@ -26,13 +26,16 @@ const nfDrop = 0
 // their own, as opposed to the packets inside: nftables of the families bridge
 // and netdev, or ebtables. It is "" when nothing does.
 func FrameRules() (string, error) {
-	for family, name := range map[uint8]string{nfFamilyBridge: "bridge", nfFamilyNetdev: "netdev"} {
-		active, err := hasRules(family)
+	for _, family := range []struct {
+		number uint8
+		name   string
+	}{{nfFamilyBridge, "bridge"}, {nfFamilyNetdev, "netdev"}} {
+		active, err := hasRules(family.number)
 		if err != nil {
 			return "", err
 		}
 		if active {
-			return "nftables has rules of the family " + name, nil
+			return "nftables has rules of the family " + family.name, nil
 		}
 	}
 	// The old ebtables does not tell without loading its own modules.

@@ -39,6 +39,10 @@ type Endpoint struct {
 type Port struct {
 	IfIndex int    // of the host-side device, in the daemon's namespace
 	IfName  string // for messages
+	// AnySource lets the port send from IP addresses that are not its own,
+	// as a router or the holder of a virtual address does. Its MAC is
+	// checked all the same.
+	AnySource bool
 	Endpoint
 }
 

@@ -188,9 +188,7 @@ func TestReceiveFlooded(t *testing.T) {
 
 func TestOwnErrors(t *testing.T) {
 	b := newBench(t)
-	if b.Features()&FeatureTunnelFlags == 0 {
-		t.Skip("the kernel does not tell flags of tunnel keys")
-	}
+	need(t, b.Features()&FeatureTunnelFlags != 0, "needs a kernel that tells flags of tunnel keys")
 	const noCache = 0x20 // 0x2000 in network order
 	frame := ethernet(MAC{2, 8}, MAC{2, 7}, 0x0800, ipv4("10.32.0.7"))
 	s := fromVXLAN(leftAddr(), self, beyond, 63)

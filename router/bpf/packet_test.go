@@ -43,17 +43,22 @@ func slowMAC() MAC    { return MAC{2, 0, 0, 0, 0, 3} } // at slow
 func unknownMAC() MAC { return MAC{2, 0, 0, 0, 0, 9} }
 func broadcast() MAC  { return MAC{255, 255, 255, 255, 255, 255} }
 
-// needRoot skips a test that cannot work here; under TEST_STRICT=1 that is a
-// failure.
 func needRoot(t *testing.T) {
 	t.Helper()
-	if os.Geteuid() == 0 {
+	need(t, os.Geteuid() == 0, "needs root")
+}
+
+// need skips a test that cannot work here; under TEST_STRICT=1 that is a
+// failure.
+func need(t *testing.T, met bool, what string) {
+	t.Helper()
+	if met {
 		return
 	}
 	if os.Getenv("TEST_STRICT") == "1" {
-		t.Fatal("needs root")
+		t.Fatal(what)
 	}
-	t.Skip("needs root")
+	t.Skip(what)
 }
 
 // newNamespace puts the test into a network namespace of its own, together

@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -20,6 +22,9 @@ const (
 	// lastWords is how long a client may go on sending after the engine has
 	// ended the stream.
 	lastWords = 10 * time.Second
+	// hangupInterval is how often it is looked whether a client that has
+	// nothing more to send is still there.
+	hangupInterval = time.Second
 )
 
 // isStream says whether the engine turned the connection into a stream; it
@@ -156,13 +161,18 @@ func (f flushing) Write(b []byte) (int, error) {
 // splice copies both ways until both have ended.
 func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *bufio.Reader) {
 	var wg sync.WaitGroup
+	over := make(chan struct{})
 	wg.Go(func() {
-		err := copyFrom(back, fromClient, client)
-		if err == nil {
-			closeWrite(back)
+		if copyFrom(back, fromClient, client) != nil {
+			return
+		}
+		closeWrite(back)
+		if hungUp(client, over) {
+			_ = back.Close()
 		}
 	})
 	err := copyFrom(client, fromBack, back)
+	close(over)
 	if err != nil {
 		// The client has gone, or the engine broke off.
 		_ = back.Close()
@@ -172,6 +182,39 @@ func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *
 		_ = client.SetReadDeadline(time.Now().Add(lastWords))
 	}
 	wg.Wait()
+}
+
+// hungUp waits until a client that ended its half has gone altogether, or the
+// stream is over; it says whether the former came first. The end of input alone
+// does not tell, and a container that says nothing would never find out. Only
+// unix sockets know (POLLHUP, poll(2)): for TCP it waits for the latter.
+func hungUp(client net.Conn, over <-chan struct{}) bool {
+	c, ok := client.(*net.UnixConn)
+	if !ok {
+		return false
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	tick := time.NewTicker(hangupInterval)
+	defer tick.Stop()
+	for {
+		gone := false
+		err := raw.Control(func(fd uintptr) {
+			p := []unix.PollFd{{Fd: int32(fd)}}
+			n, err := unix.Poll(p, 0)
+			gone = err == nil && n > 0 && p[0].Revents&unix.POLLHUP != 0
+		})
+		if err != nil || gone {
+			return gone
+		}
+		select {
+		case <-over:
+			return false
+		case <-tick.C:
+		}
+	}
 }
 
 // copyFrom copies what was read ahead, then the connection itself, for which

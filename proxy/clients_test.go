@@ -1,0 +1,267 @@
+package proxy
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"weave.local/tests/lab"
+)
+
+// detach leaves a container by the keys for that; it runs on.
+func detach(t *testing.T, h *lab.Host, host string) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	master, tty := openTerminal(t)
+	defer func() { _ = master.Close() }()
+	cmd := exec.CommandContext(ctx, "docker", "-H", host, "run", "--name", "left", "-ti", "busybox", "sh")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	err := h.Start(cmd)
+	_ = tty.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := bufio.NewReader(master)
+	if _, err := in.ReadString('#'); err != nil {
+		t.Fatal(err)
+	}
+	_, _ = master.Write([]byte{16, 17}) // ctrl-p ctrl-q
+	_, _ = io.Copy(io.Discard, in)
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("detaching ended with %v", err)
+	}
+	if r := runDocker(t, h, host, "", list("inspect -f {{.State.Running}} left")); r.Stdout != "true\n" {
+		t.Errorf("the container runs: %q %q", r.Stdout, r.Stderr)
+	}
+	_ = runDocker(t, h, host, "", list("rm -f left"))
+}
+
+// get asks on a connection of its own.
+func get(ctx context.Context, socket, path string) (int, []byte, error) {
+	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker"+path, nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	return resp.StatusCode, body, err
+}
+
+// versions asks in each version of the API, and in some that are none.
+func versions(t *testing.T, h *lab.Host, socket string) {
+	ask := []string{"1.0", "1.99", "2", "x"}
+	for v := 12; v <= 51; v++ {
+		ask = append(ask, fmt.Sprintf("1.%d", v))
+	}
+	for _, v := range ask {
+		for _, what := range []string{"images/busybox/json", "version", "nosuch"} {
+			path := "/v" + v + "/" + what
+			wantStatus, want, err := get(t.Context(), h.Path("/run/docker.sock"), path)
+			status, body, proxied := get(t.Context(), socket, path)
+			if err := errors.Join(err, proxied); err != nil {
+				t.Fatal(err)
+			}
+			if status != wantStatus || !bytes.Equal(body, want) {
+				t.Errorf("%s: %d %.200s\ndirect: %d %.200s", path, status, body, wantStatus, want)
+			}
+		}
+	}
+}
+
+// large moves 100 MB in and out.
+func large(t *testing.T, h *lab.Host, direct, proxied string) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	content := make([]byte, 100<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(content)
+	if err := os.WriteFile(file, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	archive := filepath.Join(dir, "archive.tar")
+	if out, err := exec.CommandContext(t.Context(), "tar", "-C", dir, "-cf", archive, "file").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := runDocker(t, h, proxied, "", []string{"import", archive, "large"}).Err(); err != nil {
+		t.Fatal(err)
+	}
+	save := func(host string) (sum string, took time.Duration) {
+		t.Helper()
+		out := filepath.Join(dir, "saved.tar")
+		began := time.Now()
+		if err := runDocker(t, h, host, "", []string{"save", "-o", out, "large"}).Err(); err != nil {
+			t.Fatal(err)
+		}
+		took = time.Since(began)
+		text, err := os.ReadFile(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprintf("%x", sha256.Sum256(text)), took
+	}
+	want, _ := save(direct) // warms the cache
+	want2, tookDirect := save(direct)
+	got, took := save(proxied)
+	if want != want2 || got != want {
+		t.Errorf("saved %s, directly %s and %s", got, want, want2)
+	}
+	t.Logf("save of 100 MB: %v, directly %v", took, tookDirect)
+	_ = runDocker(t, h, direct, "", list("rmi large"))
+	if r := runDocker(t, h, proxied, "", []string{"load", "-i", filepath.Join(dir, "saved.tar")}); !strings.Contains(r.Stdout, "large") {
+		t.Errorf("load: exit %d, %q %q", r.Code, r.Stdout, r.Stderr)
+	}
+	if again, _ := save(proxied); again != want {
+		t.Errorf("loaded and saved: %s, want %s", again, want)
+	}
+	_ = runDocker(t, h, direct, "", list("rmi large"))
+}
+
+// withConfig runs the docker command with a folder of settings of its own that
+// knows the plugins of the machine.
+func withConfig(t *testing.T, h *lab.Host, dir, host string, args ...string) lab.Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "docker", args...)
+	cmd.Env = append(os.Environ(), "DOCKER_CONFIG="+dir, "DOCKER_BUILDKIT=1", "BUILDX_NO_DEFAULT_ATTESTATIONS=1")
+	if host != "" {
+		cmd.Env = append(cmd.Env, "DOCKER_HOST="+host)
+	}
+	return h.RunCmd(cmd)
+}
+
+func contexts(t *testing.T, h *lab.Host, proxied string) {
+	dir := t.TempDir()
+	if err := withConfig(t, h, dir, "", "context", "create", "way", "--docker", "host="+proxied).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if r := withConfig(t, h, dir, "", "--context", "way", "ps", "--format", "{{.Names}}"); !strings.Contains(r.Stdout, "idle") {
+		t.Errorf("exit %d, %q %q", r.Code, r.Stdout, r.Stderr)
+	}
+}
+
+// settings is a folder for the command that knows the machine's plugins, or
+// those in the folder that DOCKER_TEST_PLUGINS names.
+func settings(t *testing.T, h *lab.Host, plugin string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if from := os.Getenv("DOCKER_TEST_PLUGINS"); from != "" {
+		if err := os.Symlink(from, filepath.Join(dir, "cli-plugins")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r := withConfig(t, h, dir, "", plugin, "version"); r.Code != 0 {
+		t.Skipf("docker %s is not installed on this machine", plugin)
+	}
+	return dir
+}
+
+func compose(t *testing.T, h *lab.Host, direct, proxied string) {
+	dir := settings(t, h, "compose")
+	file := filepath.Join(t.TempDir(), "compose.yaml")
+	text := "name: trial\nservices:\n  one:\n    image: busybox\n    command: sh -c 'echo said; sleep 600'\n  two:\n    image: busybox\n    command: sleep 600\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		list("up -d --quiet-pull"), list("ps --format {{.Service}}:{{.State}}"), list("exec -T one echo inside"),
+		list("logs --no-log-prefix one"), list("exec -T one ping -c 1 -W 5 -q two"), list("down -t 0"),
+	} {
+		args = append([]string{"compose", "-f", file}, args...)
+		r := withConfig(t, h, dir, proxied, args...)
+		if r.Code != 0 {
+			t.Errorf("%s: exit %d, %s %s", args, r.Code, r.Stdout, r.Stderr)
+		}
+		for step, want := range map[string]string{"ps": "two:running", "exec": "", "logs": "said"} {
+			if args[3] == step && !strings.Contains(r.Stdout, want) {
+				t.Errorf("%s: %s", args, r.Stdout)
+			}
+		}
+	}
+	if r := runDocker(t, h, direct, "", list("ps -aq -f label=com.docker.compose.project=trial")); r.Stdout != "" {
+		t.Errorf("left: %s", r.Stdout)
+	}
+}
+
+func buildx(t *testing.T, h *lab.Host, proxied string) {
+	dir := settings(t, h, "buildx")
+	source := t.TempDir()
+	if err := os.WriteFile(filepath.Join(source, "Dockerfile"), []byte("FROM busybox\nCOPY Dockerfile /copied\nRUN wc -l < /copied > /lines\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := withConfig(t, h, dir, proxied, "buildx", "build", "--progress", "plain", "-t", "bx", source)
+	if r.Code != 0 {
+		t.Fatalf("exit %d, %s %s", r.Code, r.Stdout, r.Stderr)
+	}
+	if r := runDocker(t, h, proxied, "", list("run --rm bx cat /lines")); r.Stdout != "3\n" {
+		t.Errorf("what was built says %q %q", r.Stdout, r.Stderr)
+	}
+}
+
+// crowd has 200 clients ask at a time, and 100 go away in the middle of a
+// stream; nothing of them is left.
+func crowd(t *testing.T, socket string) {
+	before := runtime.NumGoroutine()
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			status, body, err := get(t.Context(), socket, "/v1.41/containers/json?all=1")
+			if err != nil || status != http.StatusOK || !bytes.Contains(body, []byte("idle")) {
+				t.Errorf("%d %v", status, err)
+			}
+		})
+	}
+	wg.Wait()
+	for i := range 100 {
+		wg.Go(func() {
+			conn, err := new(net.Dialer).DialContext(t.Context(), "unix", socket)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer func() { _ = conn.Close() }()
+			request := "GET /events HTTP/1.1\r\nHost: docker\r\n\r\n"
+			if i%2 == 0 {
+				request = "POST /containers/idle/attach?stream=1&stdin=1&stdout=1 HTTP/1.1\r\nHost: docker\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n\r\n"
+			}
+			_, _ = io.WriteString(conn, request)
+			if _, err := bufio.NewReader(conn).ReadString('\n'); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	err := lab.Wait(t.Context(), 20*time.Second, func() error {
+		if n := runtime.NumGoroutine(); n > before+2 {
+			return fmt.Errorf("%d goroutines, %d before", n, before)
+		}
+		return nil
+	})
+	if err != nil {
+		all := make([]byte, 1<<20)
+		t.Errorf("%v:\n%.6000s", err, all[:runtime.Stack(all, true)])
+	}
+}

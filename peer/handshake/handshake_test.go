@@ -240,13 +240,12 @@ func FuzzGreet(f *testing.F) {
 	k := key(f, "x")
 	f.Fuzz(func(t *testing.T, b []byte, sealed, outbound bool) {
 		here, there := net.Pipe()
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			_, _ = there.Read(make([]byte, 4096))
+		var tasks sync.WaitGroup
+		tasks.Go(func() { _, _ = io.Copy(io.Discard, there) })
+		tasks.Go(func() {
 			_, _ = there.Write(b)
 			_ = there.Close()
-		}()
+		})
 		self := Self{Info: peer.Info{Name: 1, UID: 1}, Nonce: 1}
 		if sealed {
 			self.Key = k
@@ -259,7 +258,7 @@ func FuzzGreet(f *testing.F) {
 			err = o.Conclude(func() *Refusal { return nil })
 		}
 		_ = here.Close()
-		<-done
+		tasks.Wait()
 		if r := (*Refusal)(nil); errors.As(err, &r) && strings.ContainsAny(r.Reason, "\x1b\n\x00") {
 			t.Errorf("reason %q goes to terminals", r.Reason)
 		}

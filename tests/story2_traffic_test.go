@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -82,8 +83,9 @@ func testPS(t *testing.T, c *container, device string) {
 	}
 }
 
-// testBroadcast: an ARP request of the first container is answered by the
-// second and seen by the third.
+// testBroadcast: an ARP request of the first container for the second's address
+// is answered, and one for an address that nobody has, which only a broadcast
+// can find out, is seen by the third.
 func testBroadcast(t *testing.T, cs []*container) {
 	t.Helper()
 	third, err := cs[2].Tap(cs[2].netns, "ethwe0")
@@ -91,13 +93,27 @@ func testBroadcast(t *testing.T, cs []*container) {
 		t.Fatal(err)
 	}
 	defer func() { _ = third.Close() }()
-	asked := cs[1].addr.Addr()
-	if err := cs[0].exec(t.Context(), "arping", "-c", "1", "-w", "3", "-I", "ethwe0", asked.String()).Err(); err != nil {
+	ask := func(ip netip.Addr) error {
+		return cs[0].exec(t.Context(), "arping", "-c", "1", "-w", "3", "-I", "ethwe0", ip.String()).Err()
+	}
+	if err := ask(cs[1].addr.Addr()); err != nil {
 		t.Error(err)
 	}
-	if _, err := third.Receive(patience, func(f []byte) bool { return isARPRequest(f, asked) }); err != nil {
-		t.Errorf("request for %s at %s: %v", asked, cs[2].name, err)
+	nobody := lastHost(cs[1].addr)
+	if ask(nobody) == nil {
+		t.Errorf("somebody answers for %s", nobody)
 	}
+	if _, err := third.Receive(patience, func(f []byte) bool { return isARPRequest(f, nobody) }); err != nil {
+		t.Errorf("request for %s at %s: %v", nobody, cs[2].name, err)
+	}
+}
+
+// lastHost is the last address of an IPv4 subnet that a host may have.
+func lastHost(p netip.Prefix) netip.Addr {
+	base := p.Masked().Addr().As4()
+	n := binary.BigEndian.Uint32(base[:]) | 1<<(32-p.Bits()) - 1
+	binary.BigEndian.PutUint32(base[:], n-1)
+	return netip.AddrFrom4(base)
 }
 
 // isARPRequest says whether a frame is a broadcast that asks for an address

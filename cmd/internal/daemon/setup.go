@@ -307,6 +307,9 @@ func (d *daemon) openPaths(context.Context) error {
 	case d.fastdp.Adopted():
 		// What the kernel forwards is in clear: it ends now, and goes on
 		// where links say that it may.
+		if err := d.fastdp.Apply(overlay.Forwarding{Self: d.self.ShortID}); err != nil {
+			return fmt.Errorf("what an earlier run left forwarding in clear: %w", err)
+		}
 	default:
 		d.undo.onFailure(func() { _ = fastdp.Remove(d.fastdpConfig()) })
 	}

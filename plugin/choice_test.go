@@ -197,23 +197,33 @@ func gone(t *testing.T, h *lab.Host, p *helper, path string, run func(...string)
 // create makes a container by the API itself.
 func create(t *testing.T, h *lab.Host, name, body string) {
 	t.Helper()
+	if err := call(t.Context(), h, http.MethodPost, "/containers/create?name="+name, body); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// call speaks to the engine itself.
+func call(ctx context.Context, h *lab.Host, method, path, body string) error {
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", h.Path("/run/docker.sock"))
 	}}
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://docker/containers/create?name="+name, strings.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, method, "http://docker"+path, strings.NewReader(body))
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	req.Header.Set("Content-Type", "application/json")
+	if body != "" {
+		req.Header.Set("Content-Type", "application/json")
+	}
 	resp, err := tr.RoundTrip(req)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	text, _ := io.ReadAll(resp.Body)
-	_ = resp.Body.Close()
-	if resp.StatusCode != http.StatusCreated {
-		t.Fatalf("%s: %s", resp.Status, text)
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode/100 != 2 {
+		err = fmt.Errorf("%s %s: %s: %s", method, path, resp.Status, text)
 	}
+	return err
 }
 
 func TestGivenUp(t *testing.T) {

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -45,7 +46,7 @@ func TestMain(m *testing.M) {
 }
 
 // serve runs a plugin on real parts, with a bridge and no peers. It says when
-// it is ready and obeys words on in: owned, release, remove.
+// it is ready and obeys words on in: owned, goroutines, release, remove.
 func serve(ctx context.Context, path string, in io.Reader, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -67,6 +68,8 @@ func serve(ctx context.Context, path string, in io.Reader, out io.Writer) error 
 	fmt.Fprintln(out, "ready")
 	for lines := bufio.NewScanner(in); lines.Scan(); {
 		switch lines.Text() {
+		case "goroutines":
+			fmt.Fprintln(out, runtime.NumGoroutine())
 		case "owned":
 			fmt.Fprintln(out, p.cfg.Alloc.Owned())
 		case "release":
@@ -176,7 +179,10 @@ func (p *helper) kill(t *testing.T) {
 	_ = p.cmd.Wait()
 }
 
-func TestEngine(t *testing.T) {
+// engineHost is a host with a real engine, and the docker command on it, whose
+// failure ends the test.
+func engineHost(t *testing.T) (h *lab.Host, run func(args ...string) string) {
+	t.Helper()
 	if why := lab.Missing(true); why != "" {
 		if os.Getenv("TEST_STRICT") == "1" {
 			t.Fatal(why)
@@ -192,10 +198,8 @@ func TestEngine(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	h := l.Host("u1")
-	path := filepath.Join(t.TempDir(), "weave.db")
-	p := startHelper(t, h, path)
-	run := func(args ...string) string {
+	h = l.Host("u1")
+	return h, func(args ...string) string {
 		t.Helper()
 		out, err := h.Output(t.Context(), append([]string{"docker"}, args...)...)
 		if err != nil {
@@ -203,6 +207,13 @@ func TestEngine(t *testing.T) {
 		}
 		return out
 	}
+}
+
+func TestEngine(t *testing.T) {
+	t.Parallel() // it waits much
+	h, run := engineHost(t)
+	path := filepath.Join(t.TempDir(), "weave.db")
+	p := startHelper(t, h, path)
 	t.Run("run", func(t *testing.T) { runs(t, h, run) })
 	t.Run("addresses", func(t *testing.T) { addresses(t, h, p, run) })
 

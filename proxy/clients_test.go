@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -219,6 +220,23 @@ func buildx(t *testing.T, h *lab.Host, proxied string) {
 	if r := runDocker(t, h, proxied, "", list("run --rm bx cat /lines")); r.Stdout != "3\n" {
 		t.Errorf("what was built says %q %q", r.Stdout, r.Stderr)
 	}
+}
+
+// overhead compares how long a small answer takes.
+func overhead(t *testing.T, direct, proxied string) {
+	times := map[string][]time.Duration{}
+	for range 300 {
+		for _, socket := range []string{direct, proxied} {
+			began := time.Now()
+			if _, _, err := get(t.Context(), socket, "/v1.41/containers/json?all=1"); err != nil {
+				t.Fatal(err)
+			}
+			times[socket] = append(times[socket], time.Since(began))
+		}
+	}
+	slices.Sort(times[direct])
+	slices.Sort(times[proxied])
+	t.Logf("GET /containers/json, median of 300: %v, directly %v", times[proxied][150], times[direct][150])
 }
 
 // crowd has 200 clients ask at a time, and 100 go away in the middle of a

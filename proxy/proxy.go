@@ -102,11 +102,7 @@ func New(cfg Config) (*Proxy, error) {
 			r.Out.URL.RawQuery = r.In.URL.RawQuery // as it came, even if it does not parse
 			r.Out.Host = r.In.Host
 		},
-		Transport: &http.Transport{
-			DialContext:        func(ctx context.Context, _, _ string) (net.Conn, error) { return cfg.Docker.Dial(ctx) },
-			DisableKeepAlives:  true, // a kept connection would fail a request after a restart of the engine
-			DisableCompression: true,
-		},
+		Transport:     newCarrier(cfg.Docker),
 		FlushInterval: -1,
 		ErrorLog:      slog.NewLogLogger(cfg.Log.Handler(), slog.LevelDebug),
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
@@ -258,6 +254,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 				p.takeOwner()
 			case <-ctx.Done():
 				err := server.Close()
+				p.forward.Transport.(*carrier).kept.CloseIdleConnections()
 				p.tunnels.closeAll()
 				return err
 			}

@@ -272,3 +272,41 @@ func TestAnswerBeforeEndOfRequest(t *testing.T) {
 	}
 	_ = feed.Close()
 }
+
+// A kept connection that the engine closed fails no request, and requests that
+// must not be done twice are sent once.
+func TestEngineClosesConnections(t *testing.T) {
+	e := newEngine(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/break" {
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			_ = conn.Close()
+			return
+		}
+		_, _ = io.WriteString(w, "fine")
+	})
+	p := startProxy(t, e, nil)
+	get := func(path string) int {
+		resp, err := p.client.Get("http://docker" + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		_ = resp.Body.Close()
+		return resp.StatusCode
+	}
+	for range 3 {
+		if s := get("/info"); s != http.StatusOK {
+			t.Errorf("status %d", s)
+		}
+		if s, _ := p.post(t, "/break", "x"); s != http.StatusBadGateway {
+			t.Errorf("a request the engine dropped: status %d", s)
+		}
+	}
+	if n := strings.Count(strings.Join(e.calls(), "\n"), "POST /break"); n != 3 {
+		t.Errorf("3 requests were sent %d times", n)
+	}
+}

@@ -210,9 +210,12 @@ type heardConn struct {
 	net.Conn
 	began time.Time
 	heard atomic.Int64 // nanoseconds after began, which no change of the clock disturbs
+	count *counters
 }
 
-func newHeardConn(c net.Conn) *heardConn { return &heardConn{Conn: c, began: time.Now()} }
+func newHeardConn(c net.Conn, count *counters) *heardConn {
+	return &heardConn{Conn: c, began: time.Now(), count: count}
+}
 
 // silence is how long nothing has arrived.
 func (c *heardConn) silence(now time.Time) time.Duration {
@@ -224,7 +227,15 @@ func (c *heardConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if n > 0 {
 		c.heard.Store(int64(time.Since(c.began)))
+		c.count.bytesIn.Add(uint64(n))
 	}
+	return n, err
+}
+
+// Write counts what it writes.
+func (c *heardConn) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	c.count.bytesOut.Add(uint64(max(n, 0)))
 	return n, err
 }
 
@@ -232,13 +243,15 @@ func (c *heardConn) Read(b []byte) (int, error) {
 type quiet struct{ log *slog.Logger }
 
 // Print logs its operands.
-func (q quiet) Print(v ...any) { q.log.Debug(fmt.Sprint(v...)) }
+func (q quiet) Print(v ...any) { q.log.Debug("yamux", "text", fmt.Sprint(v...)) }
 
 // Printf logs a formatted text.
-func (q quiet) Printf(format string, v ...any) { q.log.Debug(fmt.Sprintf(format, v...)) }
+func (q quiet) Printf(format string, v ...any) {
+	q.log.Debug("yamux", "text", fmt.Sprintf(format, v...))
+}
 
 // Println logs its operands.
-func (q quiet) Println(v ...any) { q.log.Debug(fmt.Sprint(v...)) }
+func (q quiet) Println(v ...any) { q.log.Debug("yamux", "text", fmt.Sprint(v...)) }
 
 // addrPort is the address of a TCP end point.
 func addrPort(a net.Addr) netip.AddrPort {

@@ -24,6 +24,8 @@ type counters struct {
 	links      atomic.Uint64
 	lost       atomic.Uint64
 	resyncs    atomic.Uint64
+	bytesIn    atomic.Uint64
+	bytesOut   atomic.Uint64
 }
 
 // Counters returns events counted since the start, under stable names.
@@ -42,6 +44,8 @@ func (m *Mesh) Counters() map[string]uint64 {
 		"links_established":        c.links.Load(),
 		"links_lost":               c.lost.Load(),
 		"records_resynchronized":   c.resyncs.Load(),
+		"bytes_received":           c.bytesIn.Load(),
+		"bytes_sent":               c.bytesOut.Load(),
 	}
 }
 

@@ -191,7 +191,7 @@ func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, 
 		_ = conn.Close()
 		return nil, nil, err
 	}
-	heard := newHeardConn(h.Conn)
+	heard := newHeardConn(h.Conn, &m.count)
 	var l *link
 	err = h.Conclude(func() *handshake.Refusal {
 		m.mu.Lock()

@@ -125,7 +125,10 @@ func (t *tables) warn(format string, args ...any) {
 func (d *DataPath) Apply(f overlay.Forwarding) error {
 	want := desired(f)
 	d.setNeighbours(f.Self, f.Neighbours, f.Partial)
-	d.checkRules()
+	select {
+	case d.applied <- struct{}{}:
+	default:
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.warnLocked(want.warnings)

@@ -81,6 +81,8 @@ type DataPath struct {
 	bridge int // interface indices
 	vxlan  int
 
+	applied chan struct{} // tells Run that there was an Apply
+
 	// mu orders writers of kernel state and is therefore held over the
 	// system calls that write it, none of which waits for anything. It
 	// guards what follows.
@@ -116,6 +118,7 @@ func New(cfg Config) (*DataPath, error) {
 		remote:     make(map[bpf.MAC]bpf.Endpoint),
 		holders:    make(map[bpf.Addr]bpf.MAC),
 		told:       make(map[string]bool),
+		applied:    make(chan struct{}, 1),
 		neighbours: make(map[peer.ShortID]overlay.Neighbour),
 		sockets:    make(map[peer.ShortID]*socket),
 	}
@@ -163,11 +166,7 @@ func (d *DataPath) setUp(undo *undoList) error {
 	if err := d.adopt(); err != nil {
 		return err
 	}
-	if err := d.attachTAP(); err != nil {
-		return err
-	}
-	d.checkRules()
-	return d.setConfigLocked(d.config)
+	return d.attachTAP()
 }
 
 func (d *DataPath) setUpBridge(undo *undoList) error {
@@ -214,9 +213,14 @@ func (d *DataPath) adoptConfig() error {
 	if err != nil {
 		return err
 	}
-	// Past the bridge or not is decided when the ports are known.
-	shortcut := old.Features & bpf.FeatureShortcut
-	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.objs.Features() | shortcut}
+	// Past the bridge or not is as before until Run has looked at the rules.
+	switch {
+	case d.cfg.NoShortcut:
+		d.barred = "so configured"
+	case old.Features&bpf.FeatureShortcut == 0:
+		d.barred = notLooked
+	}
+	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.featuresLocked()}
 	return d.objs.SetConfig(d.config)
 }
 

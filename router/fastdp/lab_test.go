@@ -1,6 +1,7 @@
 package fastdp
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -329,7 +330,7 @@ func (l line) forwarding(i int, path func(a, b int) string) overlay.Forwarding {
 func (l line) apply(path func(a, b int) string) {
 	l[0].t.Helper()
 	for i, h := range l {
-		h.must(func() error { return h.dp.Apply(l.forwarding(i, path)) })
+		h.must(func() error { return errors.Join(h.dp.Apply(l.forwarding(i, path)), h.dp.refreshRules()) })
 	}
 }
 

@@ -37,24 +37,33 @@ func (d *DataPath) featuresLocked() uint32 {
 	return f
 }
 
-// watchRules follows rules that come and go, until ctx ends.
+// notLooked is why frames do not go past the bridge at first.
+const notLooked = "rules not looked at yet"
+
+// watchRules follows rules that come and go, until ctx ends. Apply wakes it.
 func (d *DataPath) watchRules(ctx context.Context) error {
 	tick := time.NewTicker(rulesEvery)
 	defer tick.Stop()
 	for {
+		if err := d.refreshRules(); err != nil {
+			return err
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-		}
-		d.checkRules()
-		d.mu.Lock()
-		err := d.setConfigLocked(d.config)
-		d.mu.Unlock()
-		if err != nil {
-			return err
+		case <-d.applied:
 		}
 	}
+}
+
+// refreshRules lets frames go past the bridge or not, by the rules as they are
+// now.
+func (d *DataPath) refreshRules() error {
+	d.checkRules()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.setConfigLocked(d.config)
 }
 
 // checkRules finds out whether frames may go past the bridge. It waits for
@@ -81,7 +90,7 @@ func (d *DataPath) checkRules() {
 	d.checked = time.Now()
 	before := d.barred
 	d.barred = why // rules may be listed with counters, so this one may differ each time
-	if (why == "") == (before == "") {
+	if before != notLooked && (why == "") == (before == "") {
 		return
 	}
 	if why == "" {

@@ -10,14 +10,14 @@ import (
 	"weave.local/router/overlay"
 )
 
-// recheck applies as if what is known of rules had grown old.
+// recheck looks as if what is known of rules had grown old.
 func (l line) recheck(i int) string {
 	l[i].t.Helper()
 	d := l[i].dp
 	d.mu.Lock()
 	d.checked = time.Time{}
 	d.mu.Unlock()
-	l[i].must(func() error { return d.Apply(l.forwarding(i, nil)) })
+	l[i].must(d.refreshRules)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.barred

@@ -221,7 +221,7 @@ var connectionLine = regexp.MustCompile(
 	`^(->|<-) (\S+) +(established|pending|retrying|failed|connecting) *(.*)$`)
 
 var connectionInfo = regexp.MustCompile(
-	`^(fastdp|sleeve) +(` + peerName + `)\((\S+)\) (.*)$`)
+	`^((?:(?:encrypted|unencrypted) +)?(?:fastdp|sleeve)) +(` + peerName + `)\((\S+)\) (.*)$`)
 
 func connections(ctx context.Context, h *lab.Host) ([]connection, error) {
 	out, err := h.Output(ctx, "weave", "status", "connections")

@@ -38,6 +38,7 @@ func (s shape) run(t *testing.T) *world {
 	w := newWorld(t, s.net)
 	var before, after runtime.MemStats
 	runtime.GC()
+	runtime.GC() // the first leaves pools
 	runtime.ReadMemStats(&before)
 	begin := time.Now()
 	for h := 1; h <= s.size; h++ {
@@ -56,6 +57,7 @@ func (s shape) run(t *testing.T) *world {
 	full := time.Since(begin)
 	w.everybodyReached()
 	runtime.GC()
+	runtime.GC() // the first leaves pools
 	runtime.ReadMemStats(&after)
 	t.Logf("%s of %d: full view after %v, %d kB heap per peer", s.name, s.size, full.Round(10*time.Millisecond),
 		(int64(after.HeapAlloc)-int64(before.HeapAlloc))/int64(s.size)>>10)

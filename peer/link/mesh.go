@@ -34,7 +34,6 @@ const (
 	tickEvery   = 100 * time.Millisecond
 	expireEvery = 10 * time.Second
 	keepRecords = 10 * time.Minute // of peers that cannot be reached
-	jumpEvery   = time.Second      // least time between two answers to a record that bears our name
 
 	maxStreams = 64 // streams that wait to be taken from Streams
 )
@@ -125,7 +124,8 @@ type Mesh struct {
 	lastSeq   uint64                // of our broadcasts
 	stale     bool                  // our record does not say what is
 	overtaken bool                  // a record under our name supersedes ours
-	discovery bool                  // addresses to dial have to be looked at again
+	twin      twin
+	discovery bool // addresses to dial have to be looked at again
 }
 
 // Listen opens the TCP port. Nothing is accepted or dialled before Run.
@@ -282,6 +282,11 @@ func (m *Mesh) chooseShortIDLocked() {
 
 // originateLocked announces what we are and to whom we have links.
 func (m *Mesh) originateLocked() {
+	if m.overtaken {
+		if m.twin.answered++; m.twin.answered == twinTimes {
+			m.log.Warn("another live peer has our name: start one of them with another --name", "name", m.self.Name, "nickname", m.twin.info.NickName)
+		}
+	}
 	m.stale, m.overtaken = false, false
 	adj := make([]peer.Adjacency, 0, len(m.links))
 	for _, l := range m.links {
@@ -314,9 +319,10 @@ func (m *Mesh) mergeLocked(records []peer.Record, l *link) {
 				answers = append(answers, ours)
 			}
 		case peer.Overtaken:
-			if r.UID != m.self.UID {
-				m.log.Info("superseding a record under our name", "uid", r.UID)
+			if !m.overtaken {
+				m.log.Debug("superseding a record under our name", "uid", r.UID)
 			}
+			m.twin.met(r.Info, time.Now())
 			m.overtaken = true
 		case peer.Unchanged:
 		}

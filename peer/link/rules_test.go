@@ -40,6 +40,41 @@ func TestNameCollision(t *testing.T) {
 	}
 }
 
+// Two live peers with one name, far from each other: both say so, and the
+// records they supersede become rare.
+func TestTwinsFarApart(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	c := h.start(3, nil, noDiscovery)
+	d := h.start(4, []peer.Name{3}, noDiscovery)
+	a := h.start(1, []peer.Name{3}, noDiscovery, withUID(50))
+	until(t, "mesh", 3*time.Second, func() bool { return len(d.Topology().Reachable()) == 2 })
+	other := h.start(1, []peer.Name{4}, noDiscovery, withUID(99), at(addrOf(6)))
+	told := func(n *node) bool {
+		return slices.ContainsFunc(n.Connections(), func(c Connection) bool {
+			return c.State == Failed && c.Peer.Name == 1 && strings.Contains(c.Err, "--name")
+		})
+	}
+	until(t, "both told", 30*time.Second, func() bool { return told(a) && told(other) })
+	if told(c) || told(d) {
+		t.Error("others are told of a twin, too")
+	}
+	if len(c.Neighbours()) != 2 || len(d.Neighbours()) != 2 {
+		t.Error("links of others are disturbed")
+	}
+	var w twin
+	w.met(peer.Info{Name: 1}, time.Unix(1000, 0))
+	for range 10 {
+		w.answered++
+	}
+	if got := w.wait(); got != jumpMost {
+		t.Errorf("superseded again after %v", got)
+	}
+	if w.met(peer.Info{Name: 1}, time.Unix(2000, 0)); w.wait() != jumpEvery {
+		t.Errorf("a later one is superseded only after %v", w.wait())
+	}
+}
+
 func TestConnLimit(t *testing.T) {
 	t.Parallel()
 	h := newHosts(t)

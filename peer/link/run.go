@@ -59,7 +59,7 @@ func (m *Mesh) loop(ctx context.Context) {
 	for {
 		now := time.Now()
 		m.mu.Lock()
-		if m.stale && now.Sub(originated) >= originateEvery || m.overtaken && now.Sub(originated) >= jumpEvery {
+		if m.stale && now.Sub(originated) >= originateEvery || m.overtaken && now.Sub(originated) >= m.twin.wait() {
 			originated = now
 			m.originateLocked()
 		}

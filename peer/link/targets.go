@@ -45,8 +45,9 @@ type Connection struct {
 }
 
 // Connections returns one entry for each live link, by name of the peer, then
-// one for each target or discovered peer without link, and one for each address
-// that was turned away lately because of the password.
+// one for each target or discovered peer without link, one for another live
+// peer of our name, and one for each address that was turned away lately
+// because of the password.
 func (m *Mesh) Connections() []Connection {
 	var out []Connection
 	for _, n := range m.Neighbours() {
@@ -63,7 +64,9 @@ func (m *Mesh) Connections() []Connection {
 		}
 	}
 	out = append(out, rows...)
-	return append(out, m.turned.rows(out, time.Now())...)
+	now := time.Now()
+	out = append(out, m.twin.rows(now)...)
+	return append(out, m.turned.rows(out, now)...)
 }
 
 // Targets returns the targets as they were given, sorted.

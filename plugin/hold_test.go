@@ -2,7 +2,6 @@ package plugin
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,9 +13,6 @@ import (
 // How long the engine takes to start with 20 networks and 10 containers of ours
 // while the plugin is there. The containers run in the end.
 func TestEngineStart(t *testing.T) {
-	if os.Getenv("TEST_SLOW") == "" {
-		t.Skip("takes a minute and a machine that does nothing else: set TEST_SLOW=1 to run it")
-	}
 	h, run := engineHost(t)
 	restart := func() time.Duration {
 		t.Helper()
@@ -44,7 +40,9 @@ func TestEngineStart(t *testing.T) {
 	fill("weave")
 	up := restart()
 	t.Logf("engine start: without weave %v, plugin up %v", bare, up)
-	if up > bare+time.Second {
+	// A second on a machine that does nothing else; a driver that lets the
+	// engine wait costs it fifteen.
+	if up > 2*bare+5*time.Second {
 		t.Errorf("with the plugin up the engine starts in %v, without it in %v", up, bare)
 	}
 	err := lab.Wait(t.Context(), 60*time.Second, func() error {

@@ -109,8 +109,10 @@ func TestConformance(t *testing.T) {
 	t.Run("API versions", func(t *testing.T) { versions(t, h, strings.TrimPrefix(proxied, "unix://")) })
 	t.Run("100 MB", func(t *testing.T) { large(t, h, direct, proxied) })
 	t.Run("context", func(t *testing.T) { contexts(t, h, proxied) })
-	t.Run("compose", func(t *testing.T) { compose(t, h, direct, proxied) })
-	t.Run("buildx", func(t *testing.T) { buildx(t, h, proxied) })
+	if os.Getenv(pluginsEnv) != "" {
+		t.Run("compose", func(t *testing.T) { compose(t, h, direct, proxied) })
+		t.Run("buildx", func(t *testing.T) { buildx(t, h, proxied) })
+	}
 	t.Run("overhead", func(t *testing.T) { overhead(t, h.Path("/run/docker.sock"), strings.TrimPrefix(proxied, "unix://")) })
 	t.Run("crowd", func(t *testing.T) { crowd(t, strings.TrimPrefix(proxied, "unix://")) })
 	t.Run("cp in", func(t *testing.T) { copyIn(t, h, proxied, big) })

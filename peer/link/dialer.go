@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/target"
 )
 
 const (
@@ -69,12 +70,12 @@ func newDialer(port uint16) *dialer {
 }
 
 // add makes target due at once, whether it was known or not.
-func (ds *dialer) add(target string, now time.Time) error {
-	host, port, err := splitTarget(target, ds.port)
+func (ds *dialer) add(name string, now time.Time) error {
+	host, port, err := target.Split(name, ds.port)
 	if err != nil {
 		return err
 	}
-	key := dialKey{target: target}
+	key := dialKey{target: name}
 	d := ds.dials[key]
 	if d == nil {
 		d = &dial{key: key, host: host, port: port}

@@ -16,6 +16,7 @@ import (
 
 	"weave.local/peer"
 	"weave.local/peer/handshake"
+	"weave.local/peer/target"
 	"weave.local/router/seal"
 )
 
@@ -69,7 +70,7 @@ type Config struct {
 	Trusted []netip.Prefix
 	Log     *slog.Logger
 
-	resolve func(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) // nil: resolveHost
+	resolve func(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) // nil: target.Host
 }
 
 // Neighbour is a peer to which there is a live link.
@@ -132,7 +133,7 @@ type Mesh struct {
 func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 	cfg.Self.NickName = peer.CleanNickName(cfg.Self.NickName)
 	if cfg.resolve == nil {
-		cfg.resolve = resolveHost
+		cfg.resolve = target.Host
 	}
 	host := ""
 	if cfg.Bind.IsValid() {

@@ -3,6 +3,7 @@ package attach
 import (
 	"context"
 	"fmt"
+	"hash/fnv"
 	"net/netip"
 
 	"weave.local/router/netdev"
@@ -44,7 +45,7 @@ func (m *Manager) CreateEndpoint(ctx context.Context, spec EndpointSpec) (_ Endp
 	r := &record{ID: spec.ID, Kind: KindEndpoint, MAC: spec.MAC, Addrs: spec.Addrs,
 		HostIf: endpointPrefix + short, PeerIf: endpointPeer + short}
 	if r.MAC == (overlay.MAC{}) {
-		r.MAC = netdev.RandomMAC()
+		r.MAC = macOf(spec.Addrs)
 	}
 	if other := m.named(r.HostIf, r.ID); other != "" {
 		return Endpoint{}, fmt.Errorf("endpoint %s: its device %s belongs to endpoint %s", r.ID, r.HostIf, other)
@@ -117,4 +118,26 @@ func (m *Manager) DeleteEndpoint(ctx context.Context, id string) error {
 		return fmt.Errorf("endpoint %s: %w", id, err)
 	}
 	return m.forget(r)
+}
+
+// macOf is the Ethernet address of an endpoint that was given none. It follows
+// from its IP address, so that a container that comes back under its address,
+// on whatever host, is known to its neighbours by what they remember: nobody
+// announces it to them, since the engine moves the device after our last word.
+func macOf(addrs []netip.Prefix) overlay.MAC {
+	if len(addrs) == 0 {
+		return netdev.RandomMAC()
+	}
+	mac := overlay.MAC{0x76, 0x65} // locally administered, unicast (IEEE 802 §8.4)
+	ip := addrs[0].Addr()
+	if ip.Is4() {
+		b := ip.As4()
+		copy(mac[2:], b[:])
+		return mac
+	}
+	b := ip.As16()
+	sum := fnv.New32a()
+	_, _ = sum.Write(b[:])
+	sum.Sum(mac[2:2])
+	return mac
 }

@@ -176,7 +176,9 @@ func (s *scene) tcp(ctx context.Context, p path, streams, seconds int) (map[stri
 	if err != nil {
 		return nil, err
 	}
-	r := p.from.host.Run(ctx, p.from.command("iperf3", "-J", "-c", p.to.addr.String(),
+	// The kernel's default congestion control, whatever this machine's is: BBR
+	// paces by latency, and the rounds then scatter by more than paths differ.
+	r := p.from.host.Run(ctx, p.from.command("iperf3", "-J", "-C", "cubic", "-c", p.to.addr.String(),
 		"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(streams))...)
 	after, errAfter := busyTime()
 	if errAfter != nil {

@@ -32,17 +32,6 @@ func (r *Router) Paths() map[peer.Name]PathStatus {
 	return out
 }
 
-// Ports returns the local ports.
-func (r *Router) Ports() []overlay.Port {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	out := make([]overlay.Port, 0, len(r.local))
-	for _, p := range r.local {
-		out = append(out, p.Port)
-	}
-	return out
-}
-
 // Endpoints returns the endpoints announced by other peers, as they are
 // forwarded to.
 func (r *Router) Endpoints() []overlay.Endpoint {

@@ -20,6 +20,7 @@ type view struct {
 	self       peer.Info
 	neighbours []overlay.Neighbour  // peers with a live control link
 	paths      map[peer.Name]string // usable data path to each neighbour; absent when there is none
+	mtus       map[peer.Name]int    // proven on that path
 	peers      []peer.Info          // everybody in the link state, self included
 	nextHop    func(dst peer.Name) (peer.Name, bool)
 	tree       func(source peer.Name) (parent peer.Name, children []peer.Name, ok bool)
@@ -30,9 +31,11 @@ type route struct {
 	info   peer.Info
 	via    peer.Name
 	path   string
+	mtu    int
 	parent peer.Name
 	kids   []peer.Name
 	direct string      // path while the peer was a neighbour; empty: it never was
+	proven int         // mtu of that path
 	spread []peer.Name // kids of that time
 }
 
@@ -104,23 +107,23 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 			return
 		}
 		if r.direct != "" && pl.justLost(p.Name, v.now) {
-			r.via, r.path, r.parent, r.kids = p.Name, r.direct, p.Name, r.spread
+			r.via, r.path, r.mtu, r.parent, r.kids = p.Name, r.direct, r.proven, p.Name, r.spread
 		}
 		pl.routes[p.Name] = r
 		return
 	}
 	if path := v.paths[via]; path != "" {
-		r.via, r.path = via, path
+		r.via, r.path, r.mtu = via, path, v.mtus[via]
 	} else if !before || r.via != via || !live[via] {
 		// A first route waits until its path is proven; a known one is
 		// kept while the new link's paths are still being probed.
-		r.via, r.path = via, ""
+		r.via, r.path, r.mtu = via, "", 0
 	}
 	if parent, kids, ok := v.tree(p.Name); ok {
 		r.parent, r.kids = parent, kids
 	}
 	if r.via == p.Name {
-		r.direct, r.spread = r.path, r.kids
+		r.direct, r.proven, r.spread = r.path, r.mtu, r.kids
 	}
 	pl.routes[p.Name] = r
 }
@@ -161,7 +164,7 @@ func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
 			continue
 		}
 		if r.path != "" && id(r.via) != 0 {
-			f.Hops[r.info.ShortID] = overlay.Hop{Via: id(r.via), Path: r.path}
+			f.Hops[r.info.ShortID] = overlay.Hop{Via: id(r.via), Path: r.path, MTU: r.mtu}
 		}
 		tree := overlay.Tree{Parent: id(r.parent), Children: ids(r.kids, id)}
 		if tree.Parent != 0 {

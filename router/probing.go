@@ -198,19 +198,22 @@ func (r *Router) receive(from peer.Name, b []byte) {
 }
 
 // choose picks the best usable path to each neighbour and says whether any
-// choice changed. With none usable the last choice stands: frames have no
+// choice or its MTU changed. With none usable the last choice stands: frames have no
 // better way to go.
 func (r *Router) choose() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	changed := false
 	for _, n := range r.neighbours {
-		best := ""
+		best, mtu := "", 0
 		for _, p := range n.paths {
 			if p.usable() {
-				best = p.name
+				best, mtu = p.name, p.mtu
 				break
 			}
+		}
+		if mtu != n.mtu {
+			n.mtu, changed = mtu, true
 		}
 		if best == n.chosen {
 			continue

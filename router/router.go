@@ -70,6 +70,7 @@ type neighbour struct {
 	reported time.Time
 	told     byte
 	chosen   string // usable path in use, "" when none
+	mtu      int    // proven on the chosen path
 }
 
 type localPort struct {
@@ -303,6 +304,7 @@ func (r *Router) forwarding() overlay.Forwarding {
 		now:     time.Now(),
 		self:    self,
 		paths:   make(map[peer.Name]string),
+		mtus:    make(map[peer.Name]int),
 		nextHop: topo.NextHop,
 		tree:    topo.Tree,
 	}
@@ -314,7 +316,7 @@ func (r *Router) forwarding() overlay.Forwarding {
 	for name, n := range r.neighbours {
 		v.neighbours = append(v.neighbours, n.Neighbour)
 		if n.chosen != "" {
-			v.paths[name] = n.chosen
+			v.paths[name], v.mtus[name] = n.chosen, n.mtu
 		}
 	}
 	f := r.plan.step(v)

@@ -212,7 +212,7 @@ func (o *Objects) Config() (Config, error) {
 
 // counterNames are the enumerators of enum counter, in order.
 var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never written
-	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "shortcut", "arp_answered",
+	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "too_big", "shortcut", "arp_answered",
 	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
 	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
 	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes", "dropped_flood_limit",
@@ -229,6 +229,7 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	to_sleeve, from_sleeve handed to and taken from the user-space path
 //	probes                 probes taken from neighbours
 //	pmtu                   "too big" errors that the kernel made for senders
+//	too_big                the same, made by the programs
 //	shortcut               past the bridge, from or to a container here
 //	arp_answered           requests of containers, answered on this host
 //	dropped_no_path        no way to the destination peer is known

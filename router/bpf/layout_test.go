@@ -66,7 +66,7 @@ func TestLayouts(t *testing.T) {
 	check("neighbour", unsafe.Sizeof(weaveNeighbour{}), map[string]uintptr{
 		"n": unsafe.Offsetof(weaveNeighbour{}.N), "id": unsafe.Offsetof(weaveNeighbour{}.Id)})
 	check("hop", unsafe.Sizeof(weaveHop{}), map[string]uintptr{
-		"kind": unsafe.Offsetof(weaveHop{}.Kind), "via": unsafe.Offsetof(weaveHop{}.Via),
+		"kind": unsafe.Offsetof(weaveHop{}.Kind), "via": unsafe.Offsetof(weaveHop{}.Via), "mtu": unsafe.Offsetof(weaveHop{}.Mtu),
 		"remote": unsafe.Offsetof(weaveHop{}.Remote), "local": unsafe.Offsetof(weaveHop{}.Local)})
 	check("tree", unsafe.Sizeof(weaveTree{}), map[string]uintptr{
 		"parent": unsafe.Offsetof(weaveTree{}.Parent), "n": unsafe.Offsetof(weaveTree{}.N), "child": unsafe.Offsetof(weaveTree{}.Child)})

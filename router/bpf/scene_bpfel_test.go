@@ -46,6 +46,7 @@ type sceneHop struct {
 	_      structs.HostLayout
 	Kind   uint16
 	Via    uint16
+	Mtu    uint32
 	Remote [4]uint32
 	Local  [4]uint32
 }
@@ -70,6 +71,7 @@ type sceneOutcome struct {
 	Vni        uint32
 	Ttl        uint32
 	Remote4    uint32
+	Whole      uint32
 	VlanProto  uint16
 	S_tci      uint16
 	InnerProto uint16

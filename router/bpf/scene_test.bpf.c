@@ -11,7 +11,7 @@ struct scene {
 };
 
 struct outcome {
-	__u32 verdict, mark, has_key, vni, ttl, remote4;
+	__u32 verdict, mark, has_key, vni, ttl, remote4, whole;
 	__u16 vlan_proto, s_tci, inner_proto, c_tci;
 };
 
@@ -47,6 +47,9 @@ static __always_inline int report(struct __sk_buff *skb, int verdict)
 		o.ttl = key.tunnel_ttl;
 		o.remote4 = key.remote_ipv4;
 	}
+	/* whether fragments are forbidden outside, where the kernel tells */
+	if (!bpf_skb_get_tunnel_key(skb, &key, __builtin_offsetof(struct bpf_tunnel_key, local_ipv4), BPF_F_TUNINFO_FLAGS))
+		o.whole = !!(key.tunnel_flags & bpf_htons(0x100));
 	if (skb->vlan_present) {
 		__u16 tag[2] = {};
 		o.vlan_proto = bpf_ntohs(skb->vlan_proto);

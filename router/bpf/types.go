@@ -40,6 +40,7 @@ const (
 type Hop struct {
 	Kind          int
 	Via           uint16     // short id of the neighbour that takes the frame
+	MTU           int        // largest IP packet proven to get there, in bytes; 0: not known
 	Remote, Local netip.Addr // underlay, KindVXLAN only; Local may be invalid: the kernel chooses
 }
 
@@ -206,7 +207,7 @@ func decodeNeighbour(k weaveAddr, v weaveNeighbour) (Addr, Neighbour) {
 }
 
 func encodeHop(k uint16, v Hop) (uint32, weaveHop) {
-	h := weaveHop{Kind: uint16(weaveHopKindHOP_SLEEVE), Via: v.Via}
+	h := weaveHop{Kind: uint16(weaveHopKindHOP_SLEEVE), Via: v.Via, Mtu: uint32(v.MTU)}
 	if v.Kind == KindVXLAN {
 		remote, local := v.Remote.Unmap(), v.Local.Unmap()
 		h.Kind = uint16(weaveHopKindHOP_VXLAN6)
@@ -251,7 +252,7 @@ func addrFromWords(kind uint16, w [4]uint32) netip.Addr {
 }
 
 func decodeHop(k uint32, v weaveHop) (uint16, Hop) {
-	h := Hop{Kind: KindSleeve, Via: v.Via}
+	h := Hop{Kind: KindSleeve, Via: v.Via, MTU: int(v.Mtu)}
 	if v.Kind != uint16(weaveHopKindHOP_SLEEVE) {
 		h.Kind = KindVXLAN
 		h.Remote, h.Local = addrFromWords(v.Kind, v.Remote), addrFromWords(v.Kind, v.Local)

@@ -36,6 +36,7 @@
 // test_features and told in cfg.flags.
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
+#include <linux/in.h>
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
@@ -94,6 +95,7 @@ enum hop_kind { HOP_VXLAN4 = 1, HOP_VXLAN6, HOP_SLEEVE };
 struct hop {
 	__u16 kind;
 	__u16 via; /* the neighbour that takes the frame */
+	__u32 mtu; /* largest IP packet proven to get there, 0: not known */
 	__u32 remote[4]; /* IPv4: host order in [0], as the helper wants; */
 	__u32 local[4];  /* IPv6: network order; local may be zero */
 };
@@ -167,6 +169,7 @@ enum counter {
 	COUNT_FROM_SLEEVE,
 	COUNT_PROBES,
 	COUNT_PMTU,
+	COUNT_TOO_BIG,
 	COUNT_SHORTCUT,
 	COUNT_ARP_ANSWERED,
 	COUNT_DROPPED_NO_PATH,
@@ -333,6 +336,261 @@ static __always_inline int is_zero_mac(const __u8 *m)
 	return !(m[0] | m[1] | m[2] | m[3] | m[4] | m[5]);
 }
 
+/* ---- what fits ---- */
+
+/* Where the transport header of an IP packet starts, from the packet's start. */
+struct transport {
+	__u32 at; /* 0: no IP packet, or none we understand */
+	__u8 proto;
+	__u8 cut_off; /* a fragment other than the first: there is none */
+};
+
+#define MAX_EXTENSIONS 4
+
+static __always_inline void find_transport6(struct __sk_buff *skb, struct transport *t)
+{
+	__u32 at = sizeof(struct ipv6hdr);
+	__u8 proto, ext[4];
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + 6, &proto, sizeof(proto)))
+		return;
+	for (int i = 0; i < MAX_EXTENSIONS; i++) {
+		if (proto != IPPROTO_HOPOPTS && proto != IPPROTO_ROUTING && proto != IPPROTO_DSTOPTS && proto != IPPROTO_FRAGMENT)
+			break;
+		if (bpf_skb_load_bytes(skb, ETH_HLEN + at, ext, sizeof(ext)))
+			return;
+		if (proto == IPPROTO_FRAGMENT)
+			t->cut_off = ext[2] || ext[3] & 0xf8;
+		at += proto == IPPROTO_FRAGMENT ? 8 : 8 * (ext[1] + 1);
+		proto = ext[0];
+	}
+	t->proto = proto;
+	t->at = at;
+}
+
+static __always_inline void find_transport(struct __sk_buff *skb, struct transport *t)
+{
+	struct iphdr ip;
+
+	__builtin_memset(t, 0, sizeof(*t));
+	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		find_transport6(skb, t);
+		return;
+	}
+	if (skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
+		return;
+	t->at = ip.ihl * 4;
+	t->proto = ip.protocol;
+	t->cut_off = !!(ip.frag_off & bpf_htons(0x1fff));
+}
+
+/* The size of the largest packet that the frame holds, 0 when it is not known:
+ * a super-frame is cut into packets that have all its headers and gso_size
+ * bytes each. */
+static __always_inline __u32 packet_len(struct __sk_buff *skb)
+{
+	struct transport t;
+	__u8 offset;
+
+	if (!skb->gso_size)
+		return skb->len - ETH_HLEN;
+	find_transport(skb, &t);
+	if (t.at && t.proto == IPPROTO_UDP)
+		return t.at + 8 + skb->gso_size;
+	if (!t.at || t.proto != IPPROTO_TCP || bpf_skb_load_bytes(skb, ETH_HLEN + t.at + 12, &offset, sizeof(offset)))
+		return 0;
+	return t.at + 4 * (offset >> 4) + skb->gso_size;
+}
+
+/* Whether all that the frame holds is proven to arrive whole at the neighbour
+ * that the hop leads to. To be asked before the frame is encapsulated. What
+ * does not fit has two ways: make_too_big turns it into an error for its
+ * sender, or else it may only leave where it can be fragmented outside. */
+static __always_inline int fits(struct __sk_buff *skb, struct hop *h)
+{
+	__u32 len;
+
+	if (!h->mtu)
+		return 1;
+	len = packet_len(skb);
+	return len && len <= h->mtu;
+}
+
+/* ---- errors about packets that are too big ---- */
+
+#define LEAST_MTU4 576	/* what senders believe; below, the way has to fragment */
+#define LEAST_MTU6 1280 /* RFC 8200 section 5 */
+#define ERROR_TTL 64
+#define QUOTE 128 /* bytes of the packet that its sender gets to see */
+
+#define ERROR_MADE 0
+#define ERROR_NONE 1 /* there must be none; the frame is as it was */
+#define ERROR_FAILED -1
+
+struct icmp_too_big {
+	__u8 type, code;
+	__u16 csum;
+	__be32 mtu; /* in ICMP for IPv4 only the lower half */
+};
+
+struct error4 {
+	__u8 pad[2];
+	struct ethhdr eth;
+	struct iphdr ip;
+	struct icmp_too_big icmp;
+} __attribute__((packed, aligned(4)));
+
+struct error6 {
+	__u8 pad[2];
+	struct ethhdr eth;
+	struct ipv6hdr ip;
+	struct icmp_too_big icmp;
+} __attribute__((packed, aligned(4)));
+
+static __always_inline __u16 fold(__u32 sum)
+{
+	sum = (sum & 0xffff) + (sum >> 16);
+	return (sum & 0xffff) + (sum >> 16);
+}
+
+static __always_inline int is_icmp_error(struct __sk_buff *skb, struct transport *t)
+{
+	__u8 type;
+
+	if (t->proto != IPPROTO_ICMP && t->proto != IPPROTO_ICMPV6)
+		return 0;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + t->at, &type, sizeof(type)))
+		return 1;
+	if (t->proto == IPPROTO_ICMPV6)
+		return type < 128 || type == 137; /* redirect */
+	return (type >= 3 && type <= 5) || type == 11 || type == 12;
+}
+
+/* Whether an error about a packet may be sent (RFC 1122 section 3.2.2, RFC
+ * 4443 section 2.4 e), and whether the sender asked for it, with DF. */
+static __always_inline int may_answer4(struct error4 *e)
+{
+	__u8 first = bpf_ntohl(e->ip.saddr) >> 24;
+
+	return e->ip.frag_off & bpf_htons(0x4000) && first && first != 127 && first < 224 &&
+	       bpf_ntohl(e->ip.daddr) >> 28 != 14;
+}
+
+static __always_inline int may_answer6(struct error6 *e)
+{
+	__be32 *a = e->ip.saddr.in6_u.u6_addr32;
+
+	return e->ip.saddr.in6_u.u6_addr8[0] != 0xff && e->ip.daddr.in6_u.u6_addr8[0] != 0xff &&
+	       (a[0] | a[1] | a[2] || bpf_ntohl(a[3]) > 1);
+}
+
+/* Cuts the frame down to what the error quotes of it, and returns the sum of
+ * that, negative when it went wrong.
+ *
+ * The transport checksum in there may be one that the kernel left to a device
+ * to complete, by the sum of all from the transport header on, which a program
+ * can neither see nor call off. So it gets the value f that completing does not
+ * change: with s the sum of the rest, f = ~(s + f), that is f + f = ~s in the
+ * arithmetic of RFC 1071, where doubling is a rotation. */
+static __always_inline __s64 make_quote(struct __sk_buff *skb, struct transport *t)
+{
+	__u8 quote[QUOTE] __attribute__((aligned(4)));
+	__u32 field = t->at + (t->proto == IPPROTO_TCP ? 16 : 6);
+	int has_field = !t->cut_off && (t->proto == IPPROTO_TCP || t->proto == IPPROTO_UDP) && field <= QUOTE - 2;
+	__u16 f = 0;
+
+	if (bpf_skb_change_tail(skb, ETH_HLEN + QUOTE, 0))
+		return -1;
+	if (has_field && bpf_skb_store_bytes(skb, ETH_HLEN + field, &f, sizeof(f), BPF_F_RECOMPUTE_CSUM))
+		return -1;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, quote, sizeof(quote)))
+		return -1;
+	if (has_field) {
+		f = ~fold(bpf_csum_diff((void *)quote, t->at & (QUOTE - 4), (void *)quote, sizeof(quote), 0));
+		f = f >> 1 | f << 15;
+		if (bpf_skb_store_bytes(skb, ETH_HLEN + field, &f, sizeof(f), BPF_F_RECOMPUTE_CSUM))
+			return -1;
+	}
+	return (__u64)fold(bpf_csum_diff(0, 0, (void *)quote, sizeof(quote), 0)) + f;
+}
+
+static __always_inline void turn_round(struct ethhdr *eth)
+{
+	__u8 mac[ETH_ALEN];
+
+	__builtin_memcpy(mac, eth->h_dest, ETH_ALEN);
+	__builtin_memcpy(eth->h_dest, eth->h_source, ETH_ALEN);
+	__builtin_memcpy(eth->h_source, mac, ETH_ALEN);
+}
+
+static __always_inline int make_too_big4(struct __sk_buff *skb, struct transport *t, __u32 mtu)
+{
+	const __u32 len = sizeof(struct error4) - 2;
+	struct error4 e = {};
+	__be32 from;
+	__s64 sum;
+
+	if (bpf_skb_load_bytes(skb, 0, &e.eth, ETH_HLEN + sizeof(e.ip)) || e.eth.h_dest[0] & 1 || !may_answer4(&e))
+		return ERROR_NONE;
+	sum = make_quote(skb, t);
+	if (sum < 0 || bpf_skb_adjust_room(skb, len - ETH_HLEN, BPF_ADJ_ROOM_MAC, 0))
+		return ERROR_FAILED;
+	turn_round(&e.eth);
+	from = e.ip.daddr;
+	e.ip = (struct iphdr){.version = 4, .ihl = 5, .tot_len = bpf_htons(len - ETH_HLEN + QUOTE), .ttl = ERROR_TTL,
+			      .frag_off = bpf_htons(0x4000), .protocol = IPPROTO_ICMP, .saddr = from, .daddr = e.ip.saddr};
+	e.ip.check = ~fold(bpf_csum_diff(0, 0, (void *)&e.ip, sizeof(e.ip), 0));
+	e.icmp = (struct icmp_too_big){.type = 3, .code = 4, .mtu = bpf_htonl(mtu)};
+	e.icmp.csum = ~fold(bpf_csum_diff(0, 0, (void *)&e.icmp, sizeof(e.icmp), sum));
+	return bpf_skb_store_bytes(skb, 0, &e.eth, len, BPF_F_RECOMPUTE_CSUM) ? ERROR_FAILED : ERROR_MADE;
+}
+
+static __always_inline int make_too_big6(struct __sk_buff *skb, struct transport *t, __u32 mtu)
+{
+	const __u32 len = sizeof(struct error6) - 2;
+	struct in6_addr from;
+	struct error6 e = {};
+	__s64 sum;
+
+	if (bpf_skb_load_bytes(skb, 0, &e.eth, ETH_HLEN + sizeof(e.ip)) || e.eth.h_dest[0] & 1 || !may_answer6(&e))
+		return ERROR_NONE;
+	sum = make_quote(skb, t);
+	if (sum < 0 || bpf_skb_adjust_room(skb, len - ETH_HLEN, BPF_ADJ_ROOM_MAC, 0))
+		return ERROR_FAILED;
+	turn_round(&e.eth);
+	from = e.ip.daddr;
+	e.ip.daddr = e.ip.saddr;
+	e.ip.saddr = from;
+	e.ip.priority = 0;
+	__builtin_memset(e.ip.flow_lbl, 0, sizeof(e.ip.flow_lbl));
+	e.ip.payload_len = bpf_htons(sizeof(e.icmp) + QUOTE);
+	e.ip.nexthdr = IPPROTO_ICMPV6;
+	e.ip.hop_limit = ERROR_TTL;
+	e.icmp = (struct icmp_too_big){.type = 2, .mtu = bpf_htonl(mtu)};
+	sum += e.ip.payload_len + bpf_htons(IPPROTO_ICMPV6);
+	sum = bpf_csum_diff(0, 0, (void *)&e.ip.saddr, 2 * sizeof(from), sum);
+	e.icmp.csum = ~fold(bpf_csum_diff(0, 0, (void *)&e.icmp, sizeof(e.icmp), fold(sum)));
+	return bpf_skb_store_bytes(skb, 0, &e.eth, len, BPF_F_RECOMPUTE_CSUM) ? ERROR_FAILED : ERROR_MADE;
+}
+
+/* Makes of a frame larger than mtu the ICMP error that tells its sender (RFC
+ * 1191, RFC 4443 section 3.2), as if from the receiver: an address that the
+ * sender has a route to and that may be where the frame comes from. Returns an
+ * ERROR_. A global function: the verifier looks at it once. */
+__attribute__((noinline)) int make_too_big(struct __sk_buff *skb, __u32 mtu)
+{
+	__u32 least = skb->protocol == bpf_htons(ETH_P_IP) ? LEAST_MTU4 : LEAST_MTU6;
+	__u32 limit = mtu < least ? least : mtu;
+	struct transport t;
+
+	find_transport(skb, &t);
+	if (!t.at || t.cut_off || packet_len(skb) <= limit || is_icmp_error(skb, &t))
+		return ERROR_NONE;
+	if (skb->protocol == bpf_htons(ETH_P_IP))
+		return make_too_big4(skb, &t, limit);
+	return make_too_big6(skb, &t, limit);
+}
+
 /* ---- sending into the overlay ---- */
 
 /* An inner IPv4 packet without DF may be fragmented outside; all else asks for
@@ -351,8 +609,9 @@ static __always_inline int wants_df(struct __sk_buff *skb)
 	return ip->frag_off & bpf_htons(0x4000);
 }
 
+/* whole: the frame fits; one that does not has to be fragmented outside */
 static __always_inline int encapsulate(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst,
-				       __u32 ttl)
+				       __u32 ttl, int whole)
 {
 	struct bpf_tunnel_key key;
 	__u64 flags = BPF_F_ZERO_CSUM_TX;
@@ -361,7 +620,7 @@ static __always_inline int encapsulate(struct __sk_buff *skb, struct cfg *c, str
 	__builtin_memset(&key, 0, sizeof(key));
 	key.tunnel_id = src | dst << 12;
 	key.tunnel_ttl = ttl;
-	if (wants_df(skb))
+	if (whole && wants_df(skb))
 		flags |= BPF_F_DONT_FRAGMENT;
 	if (h->kind == HOP_VXLAN6) {
 		flags |= BPF_F_TUNINFO_IPV6;
@@ -393,18 +652,10 @@ static __always_inline int push_tags(struct __sk_buff *skb, __u32 src, __u32 dst
 	return bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021AD), s_tci);
 }
 
-/* One frame of src to the peer dst. from: whom it came from, if by VXLAN.
- * on_vxlan: the program runs where the frame leaves by the VXLAN device. */
-static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src, __u32 dst, __u32 ttl,
-				struct neighbour *from, int on_vxlan)
+static __always_inline int send_by(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst,
+				   __u32 ttl, int whole, int on_vxlan)
 {
-	struct hop *h = bpf_map_lookup_elem(&hops, &dst);
-
-	if (!h)
-		return drop(COUNT_DROPPED_NO_PATH);
-	if (from && from->n == 1 && from->id[0] == h->via)
-		return drop(COUNT_DROPPED_BACKWARDS);
-	if (h->kind == HOP_SLEEVE) {
+	if (h->kind == HOP_SLEEVE) { /* which cuts by itself what does not fit */
 		if (!c->tap_if)
 			return drop(COUNT_DROPPED_NO_PATH);
 		if (push_tags(skb, src, dst, ttl))
@@ -412,13 +663,54 @@ static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src,
 		count(COUNT_TO_SLEEVE);
 		return bpf_redirect(c->tap_if, 0);
 	}
-	if (encapsulate(skb, c, h, src, dst, ttl))
+	if (encapsulate(skb, c, h, src, dst, ttl, whole))
 		return drop(COUNT_DROPPED_SEND);
 	count_traffic(skb, h->via, 0);
 	if (on_vxlan)
 		return PASS;
 	skb->mark = MARK_SENT;
 	return bpf_redirect(c->vxlan_if, 0);
+}
+
+/* The error about a frame of src to dst goes back to where that came from. */
+static __always_inline int return_error(struct __sk_buff *skb, struct cfg *c, __u32 src, __u32 dst, int on_vxlan)
+{
+	struct hop *h;
+
+	count(COUNT_TOO_BIG);
+	if (on_vxlan) { /* the bridge */
+		skb->mark = MARK_DELIVER;
+		return bpf_redirect(c->vxlan_if, BPF_F_INGRESS);
+	}
+	if (src == c->self) /* a container */
+		return bpf_redirect(skb->ifindex, 0);
+	h = bpf_map_lookup_elem(&hops, &src);
+	if (!h)
+		return drop(COUNT_DROPPED_NO_PATH);
+	return send_by(skb, c, h, dst, src, HOP_LIMIT, 1, 0);
+}
+
+/* One frame of src to the peer dst. from: whom it came from, if by VXLAN.
+ * on_vxlan: the program runs where the frame leaves by the VXLAN device. */
+static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src, __u32 dst, __u32 ttl,
+				struct neighbour *from, int on_vxlan)
+{
+	struct hop *h = bpf_map_lookup_elem(&hops, &dst);
+	int whole;
+
+	if (!h)
+		return drop(COUNT_DROPPED_NO_PATH);
+	if (from && from->n == 1 && from->id[0] == h->via)
+		return drop(COUNT_DROPPED_BACKWARDS);
+	whole = h->kind == HOP_SLEEVE || fits(skb, h);
+	if (!whole) {
+		int r = make_too_big(skb, h->mtu);
+		if (r == ERROR_MADE)
+			return return_error(skb, c, src, dst, on_vxlan);
+		if (r != ERROR_NONE)
+			return drop(COUNT_DROPPED_SEND);
+	}
+	return send_by(skb, c, h, src, dst, ttl, whole, on_vxlan);
 }
 
 #define COPY_FOR_SLEEVE 1
@@ -434,7 +726,7 @@ __attribute__((noinline)) int flood_copy(struct __sk_buff *skb, __u32 src, __u32
 		return -1;
 	if (h->kind == HOP_SLEEVE)
 		return COPY_FOR_SLEEVE;
-	if (encapsulate(skb, c, h, src, 0, ttl))
+	if (encapsulate(skb, c, h, src, 0, ttl, fits(skb, h)))
 		return -1;
 	count_traffic(skb, child, 0);
 	return bpf_clone_redirect(skb, c->vxlan_if, 0) ? -1 : 0;

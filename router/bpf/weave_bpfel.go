@@ -44,24 +44,25 @@ const (
 	weaveCounterCOUNT_FROM_SLEEVE           weaveCounter = 7
 	weaveCounterCOUNT_PROBES                weaveCounter = 8
 	weaveCounterCOUNT_PMTU                  weaveCounter = 9
-	weaveCounterCOUNT_SHORTCUT              weaveCounter = 10
-	weaveCounterCOUNT_ARP_ANSWERED          weaveCounter = 11
-	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 12
-	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 13
-	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 14
-	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 15
-	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 16
-	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 17
-	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 18
-	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 19
-	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 20
-	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 21
-	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 22
-	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 23
-	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 24
-	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 25
-	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 26
-	weaveCounterCOUNT_MAX                   weaveCounter = 27
+	weaveCounterCOUNT_TOO_BIG               weaveCounter = 10
+	weaveCounterCOUNT_SHORTCUT              weaveCounter = 11
+	weaveCounterCOUNT_ARP_ANSWERED          weaveCounter = 12
+	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 13
+	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 14
+	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 15
+	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 16
+	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 17
+	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 18
+	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 19
+	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 20
+	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 21
+	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 22
+	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 23
+	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 24
+	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 25
+	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 26
+	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 27
+	weaveCounterCOUNT_MAX                   weaveCounter = 28
 )
 
 type weaveEndpoint struct {
@@ -87,6 +88,7 @@ type weaveHop struct {
 	_      structs.HostLayout
 	Kind   uint16
 	Via    uint16
+	Mtu    uint32
 	Remote [4]uint32
 	Local  [4]uint32
 }

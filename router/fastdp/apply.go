@@ -42,7 +42,7 @@ func desired(f overlay.Forwarding) tables {
 				t.warn("peer %d is to be reached through %d, which is no neighbour with an address", dst, hop.Via)
 				continue
 			}
-			h.Kind, h.Remote = bpf.KindVXLAN, n.Remote.Unmap()
+			h.Kind, h.Remote, h.MTU = bpf.KindVXLAN, n.Remote.Unmap(), hop.MTU
 			if local := n.Local.Unmap(); usable(local) && local.Is4() == h.Remote.Is4() {
 				h.Local = local
 			}

@@ -65,6 +65,7 @@ type Neighbour struct {
 type Hop struct {
 	Via  peer.ShortID
 	Path string // FastDP or Sleeve
+	MTU  int    // largest IP packet, in bytes, proven to reach Via on the path; 0: not known
 }
 
 // Tree is this peer's place in the broadcast tree of one source.

@@ -2,6 +2,7 @@ package router
 
 import (
 	"fmt"
+	"sort"
 	"time"
 )
 
@@ -25,19 +26,22 @@ const (
 const smallProbe = 1200
 
 // commonSizes are inner packet sizes that real underlays leave room for,
-// largest first: jumbo frames, Ethernet, PPPoE, common clouds and tunnels, and
-// the IPv6 minimum. A search by likely sizes ends sooner than a bisection
-// (RFC 8899 §5.3.2).
+// largest first: jumbo frames, FDDI, Ethernet, PPPoE, common clouds and
+// tunnels, and the IPv6 minimum (RFC 8899 §5.3.2).
 func commonSizes() []int {
-	return []int{8951, 8950, 8931, 1450, 1442, 1430, 1422, 1410, 1400, 1390, 1376, 1358, 1330, 1300, 1270, 1230, smallProbe}
+	return []int{8951, 8950, 8931, 8450, 4302, 1950, 1450, 1442, 1430, 1422, 1410, 1400, 1390, 1376, 1358, 1330, 1300, 1270, 1230, smallProbe}
+}
+
+// sizesBelow are the common sizes below limit, largest first.
+func sizesBelow(limit int) []int {
+	all := commonSizes()
+	return all[sort.Search(len(all), func(i int) bool { return all[i] < limit }):]
 }
 
 // nextSize is the largest common size below limit, or 0.
 func nextSize(limit int) int {
-	for _, s := range commonSizes() {
-		if s < limit {
-			return s
-		}
+	if s := sizesBelow(limit); len(s) > 0 {
+		return s[0]
 	}
 	return 0
 }
@@ -59,6 +63,7 @@ type pathState struct {
 	mtu    int  // largest IP packet proven to pass, bytes; 0 when none
 	limit  int  // largest size worth trying, from the underlay device and its errors
 	trying int  // size under test; equals mtu when nothing is searched
+	found  int  // largest size below trying that was answered meanwhile
 
 	pending   map[uint64]sentProbe
 	lost      int // lost probes of size trying, in a row
@@ -68,6 +73,7 @@ type pathState struct {
 	lastAck   time.Time
 	lastSmall time.Time
 	lastRaise time.Time
+	spread    time.Time // since when all sizes below trying are sent with it; zero: not yet
 	wasUp     bool
 	sendErr   string
 	reason    string // why the path is not up
@@ -110,7 +116,7 @@ func (p *pathState) interval(now time.Time) time.Duration {
 	switch {
 	case p.up && p.trying == p.mtu && p.lost == 0:
 		return probeEvery
-	case !p.up && now.Sub(p.begun) > fastPhase && p.acks == 0:
+	case !p.up && now.Sub(p.begun) > fastPhase && p.acks == 0 && now.Sub(p.lastSmall) > deadAfter:
 		return probeSlow
 	}
 	return probeFast
@@ -133,13 +139,30 @@ func (p *pathState) tick(now time.Time, limit int) []int {
 	p.lastSent = now
 	if p.up && p.mtu < p.limit && p.trying == p.mtu && now.Sub(p.lastRaise) > raiseInterval {
 		p.lastRaise = now
-		p.trying, p.lost = p.limit, 0
+		p.try(p.limit)
 	}
-	sizes := []int{p.trying}
-	if (p.lost > 0 || !p.up || p.trying > p.mtu) && p.trying > smallProbe {
-		sizes = append(sizes, smallProbe)
+	return append([]int{p.trying}, p.company(now)...)
+}
+
+// company is what is sent with a probe whose answer is in doubt: a small one,
+// and as soon as it looks as if only the size were the trouble, all common
+// sizes below, so that the one that passes is known when the other is given up.
+func (p *pathState) company(now time.Time) []int {
+	switch {
+	case p.trying <= smallProbe || p.up && p.trying == p.mtu && p.lost == 0:
+		return nil
+	case p.lost > 0 && p.up || now.Sub(p.lastSmall) < deadAfter:
+		if p.spread.IsZero() {
+			p.spread = now
+		}
+		return sizesBelow(p.trying)
 	}
-	return sizes
+	return []int{smallProbe}
+}
+
+// try begins to test a size.
+func (p *pathState) try(size int) {
+	p.trying, p.lost, p.found, p.spread = size, 0, 0, time.Time{}
 }
 
 func (p *pathState) setLimit(limit int) {
@@ -148,7 +171,7 @@ func (p *pathState) setLimit(limit int) {
 	}
 	p.limit = limit
 	if p.trying == 0 || p.trying > limit || p.mtu == 0 {
-		p.trying, p.lost = limit, 0
+		p.try(limit)
 	}
 	if p.mtu > limit {
 		p.mtu = limit
@@ -162,20 +185,21 @@ func (p *pathState) expire(now time.Time) {
 			continue
 		}
 		delete(p.pending, token)
-		p.acks = 0
+		if s.size <= p.trying {
+			p.acks = 0
+		}
 		if s.size == p.trying {
 			p.lost++
 		}
 	}
-	if p.lost >= sizeTries && now.Sub(p.lastSmall) < deadAfter {
+	if p.lost >= sizeTries && now.Sub(p.lastSmall) < deadAfter && !p.spread.IsZero() && now.Sub(p.spread) > answerIn {
 		p.narrow(p.trying)
 	}
 }
 
-// narrow gives up size and goes on with the next smaller one that is not yet
-// proven; with none left the search ends at what is proven.
+// narrow gives up size: the search ends at the largest one that was answered
+// meanwhile or, when none was asked for, goes on with the next smaller one.
 func (p *pathState) narrow(size int) {
-	p.lost = 0
 	floor := min(smallProbe, p.limit)
 	if p.mtu >= size {
 		p.mtu = 0
@@ -183,7 +207,12 @@ func (p *pathState) narrow(size int) {
 			p.mtu = floor
 		}
 	}
-	p.trying = max(nextSize(size), floor, p.mtu)
+	if p.found > 0 {
+		p.mtu = max(p.mtu, p.found)
+		p.try(p.mtu)
+		return
+	}
+	p.try(max(nextSize(size), floor, p.mtu))
 }
 
 // sent records a probe on its way.
@@ -201,7 +230,7 @@ func (p *pathState) refused(size, fits int, err error) {
 	if fits > 0 && fits < size {
 		p.limit = fits
 		p.mtu = min(p.mtu, fits)
-		p.trying, p.lost = fits, 0
+		p.try(fits)
 		return
 	}
 	p.narrow(size)
@@ -218,9 +247,13 @@ func (p *pathState) ack(token uint64, now time.Time) {
 	if s.size <= smallProbe {
 		p.lastSmall = now
 	}
-	if s.size == p.trying {
-		p.mtu, p.lost = s.size, 0
+	switch {
+	case s.size == p.trying:
+		p.mtu = s.size
+		p.try(p.mtu)
 		p.acks++
+	case s.size < p.trying:
+		p.found = max(p.found, s.size)
 	}
 	if p.up || p.mtu == 0 {
 		return
@@ -232,5 +265,6 @@ func (p *pathState) ack(token uint64, now time.Time) {
 
 func (p *pathState) fall(now time.Time, reason string) {
 	p.up, p.mtu, p.acks, p.reason = false, 0, 0, reason
-	p.trying, p.lost, p.begun = p.limit, 0, now
+	p.try(p.limit)
+	p.begun = now
 }

@@ -15,6 +15,8 @@ type wire struct {
 	mtu   int
 	limit int
 	cut   bool
+	rtt   time.Duration
+	late  map[uint64]time.Time // answers on their way
 	token uint64
 }
 
@@ -23,7 +25,7 @@ func newWire(t *testing.T, mtu, limit int) *wire {
 	now := time.Unix(1000, 0)
 	p := newPathState("fastdp", now)
 	p.peerUp = true
-	return &wire{t: t, p: p, now: now, mtu: mtu, limit: limit}
+	return &wire{t: t, p: p, now: now, mtu: mtu, limit: limit, late: map[uint64]time.Time{}}
 }
 
 // run lets d pass in ticks.
@@ -33,7 +35,13 @@ func (w *wire) run(d time.Duration) {
 			w.token++
 			w.p.sent(w.token, size, w.now)
 			if !w.cut && size <= w.mtu {
-				w.p.ack(w.token, w.now)
+				w.late[w.token] = w.now.Add(w.rtt)
+			}
+		}
+		for token, at := range w.late {
+			if !w.now.Before(at) {
+				delete(w.late, token)
+				w.p.ack(token, w.now)
 			}
 		}
 		if w.p.up && w.p.mtu == 0 {
@@ -97,7 +105,7 @@ func TestCutPathFallsAndReturns(t *testing.T) {
 func TestNarrowPathIsUsedWithTheSizeItCarries(t *testing.T) {
 	for _, mtu := range []int{1449, 1400, 1376, 1300, 1230, 1200} {
 		w := newWire(t, mtu, 1450)
-		w.until("up", 40*time.Second, w.p.usable)
+		w.until("up", 2*time.Second, w.p.usable)
 		if w.p.mtu > mtu {
 			t.Errorf("path of %d: claims %d", mtu, w.p.mtu)
 		}
@@ -111,14 +119,49 @@ func TestShrinkingPathStaysUp(t *testing.T) {
 	w := newWire(t, 1500, 1450)
 	w.run(5 * time.Second)
 	w.mtu = 1380
-	w.until("narrower", 30*time.Second, func() bool {
+	w.until("narrower", 3*time.Second, func() bool {
 		if !w.p.usable() {
 			t.Fatal("a narrower path cost the path itself")
+		}
+		if w.p.mtu < 1376 {
+			t.Fatalf("fell to %d, which senders would remember for minutes", w.p.mtu)
 		}
 		return w.p.mtu == 1376
 	})
 	w.mtu = 1450
 	w.until("raised", 2*raiseInterval, func() bool { return w.p.mtu == 1450 })
+}
+
+// The size is found as well where answers take long.
+func TestNarrowPathFarAway(t *testing.T) {
+	for _, rtt := range []time.Duration{100, 300, 500} {
+		w := newWire(t, 1380, 1450)
+		w.rtt = rtt * time.Millisecond
+		w.until("up", 4*time.Second, w.p.usable)
+		if w.p.mtu != 1376 {
+			t.Errorf("answers after %v: found %d, want 1376", w.rtt, w.p.mtu)
+		}
+		w.run(time.Second)
+		w.mtu = 1330
+		w.until("narrower", 4*time.Second, func() bool { return w.p.mtu == 1330 })
+		w.run(5 * time.Second)
+		if !w.p.usable() || w.p.mtu != 1330 {
+			t.Errorf("answers after %v: usable %v with %d at the end", w.rtt, w.p.usable(), w.p.mtu)
+		}
+	}
+}
+
+// A path that comes back narrower is used again with the size it has now.
+func TestPathReturnsNarrower(t *testing.T) {
+	w := newWire(t, 1500, 1450)
+	w.run(5 * time.Second)
+	w.cut = true
+	w.run(time.Minute)
+	w.cut, w.mtu = false, 1380
+	w.until("up again", 8*time.Second, w.p.usable)
+	if w.p.mtu != 1376 {
+		t.Errorf("mtu %d, want 1376", w.p.mtu)
+	}
 }
 
 func TestUnderlayErrorNarrowsAtOnce(t *testing.T) {

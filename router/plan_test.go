@@ -116,6 +116,33 @@ func TestPlanNoHopBeforeAPathIsProven(t *testing.T) {
 	}
 }
 
+// The size that a neighbour's path carries holds for all that goes by way of it,
+// also while it is only remembered.
+func TestPlanKeepsSizes(t *testing.T) {
+	p := newPlan()
+	want := func(what string, f overlay.Forwarding, to peer.Name, mtu int) {
+		t.Helper()
+		if got := f.Hops[peer.ShortID(to)].MTU; got != mtu {
+			t.Errorf("%s: %d bytes to %v, want %d", what, got, to, mtu)
+		}
+	}
+	v := fullView()
+	v.mtus = map[peer.Name]int{b: 1400, c: 1300}
+	f := p.step(v)
+	want("direct", f, b, 1400)
+	want("direct", f, c, 1300)
+	v.mtus = map[peer.Name]int{b: 1376, c: 1450}
+	f = p.step(v)
+	want("changed", f, b, 1376)
+	want("changed", f, c, 1450)
+	v = cutView()
+	v.mtus = map[peer.Name]int{b: 1376}
+	want("relayed", p.step(v), c, 1376)
+	v = deadView()
+	v.mtus = map[peer.Name]int{b: 1376}
+	want("remembered", p.step(v), c, 1450)
+}
+
 func TestPlanRelaysAroundACut(t *testing.T) {
 	p := newPlan()
 	p.step(fullView())

@@ -28,6 +28,7 @@ type neighbour struct {
 	keys     *seal.Session // nil: datagrams go in clear
 
 	pathMTU atomic.Int32 // of the underlay, in bytes; 0 not known yet
+	proven  atomic.Int32 // largest IP packet whose frame arrived in one datagram; 0 not known
 	plain   bool         // the kernel refuses to cut messages to it (UDP_SEGMENT)
 	// Fragmented frames are counted by themselves: the receiver tells by the
 	// numbers which ones are overdue.
@@ -51,11 +52,21 @@ func (n *neighbour) tail() int {
 	return tailLen
 }
 
-// room is how many bytes of a frame fit in a datagram.
-func (n *neighbour) room() int { return n.maxDatagram() - headerLen - n.tail() }
+// maxRoom is how many bytes of a frame fit in a datagram as far as the kernel
+// knows.
+func (n *neighbour) maxRoom() int { return n.maxDatagram() - headerLen - n.tail() }
+
+// room is how many bytes of a frame go into a datagram: what fits and, where
+// the underlay says nothing of what does not, is proven.
+func (n *neighbour) room() int {
+	if proven := int(n.proven.Load()); proven > 0 {
+		return min(n.maxRoom(), frame.EthernetLen+proven)
+	}
+	return n.maxRoom()
+}
 
 // maxPacket is the largest IP packet whose frame fits one datagram.
-func (n *neighbour) maxPacket() int { return max(n.room()-frame.EthernetLen, 0) }
+func (n *neighbour) maxPacket() int { return max(n.maxRoom()-frame.EthernetLen, 0) }
 
 // ids is one more than the largest short id, for arrays indexed by it.
 const ids = int(peer.MaxShortID) + 1
@@ -121,6 +132,9 @@ func (t *table) next(f overlay.Forwarding, ipv4 bool) (*table, error) {
 	for dst, hop := range f.Hops {
 		if hop.Path == overlay.Sleeve && dst <= peer.MaxShortID {
 			out.hops[dst] = out.neighbour(hop.Via)
+			if n := out.hops[dst]; n != nil {
+				n.proven.Store(int32(hop.MTU))
+			}
 		}
 	}
 	for src, tree := range f.Trees {

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	"weave.local/peer"
+	"weave.local/router/frame"
 	"weave.local/router/overlay"
 )
 
@@ -41,6 +42,41 @@ func TestNeighbourKept(t *testing.T) {
 		if next.neighbours[3] != first.neighbours[3] {
 			t.Errorf("another %s of peer 2: peer 3 is not as before", name)
 		}
+	}
+}
+
+// What the underlay does not carry although the kernel believes so is not sent.
+func TestProvenSizeBoundsDatagrams(t *testing.T) {
+	const proven = 1300
+	w := newWire(1500)
+	largest := func(p *packet) (most int) {
+		for _, d := range w.datagrams(p) {
+			most = max(most, len(d))
+		}
+		return most
+	}
+	frames := map[string]*packet{"plain": testPlain(1450), "TCP": testTCP(false, 20000, 1400), "UDP": testUDP(true, 20000, 1380)}
+	for name, p := range frames {
+		if most := largest(p); most <= headerLen+frame.EthernetLen+proven {
+			t.Errorf("%s: datagrams of %d bytes at most: the test is none", name, most)
+		}
+	}
+	f := forwarding(1, addr4, 2)
+	f.Hops[2] = overlay.Hop{Via: 2, Path: overlay.Sleeve, MTU: proven}
+	got, err := w.s.table.Load().next(f, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.neighbours[2].pathMTU.Store(1500)
+	w.s.table.Store(got)
+	limit := got.neighbours[2].maxPacket()
+	for name, p := range frames {
+		if most := largest(p); most > headerLen+frame.EthernetLen+proven {
+			t.Errorf("%s: datagrams of %d bytes", name, most)
+		}
+	}
+	if want := 1500 - ipv4Overhead - headerLen - frame.EthernetLen; limit != want {
+		t.Errorf("%d bytes are thought to fit, want %d: a larger size would never be tried", limit, want)
 	}
 }
 

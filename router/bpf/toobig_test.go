@@ -399,3 +399,30 @@ func TestTooBigUnknown(t *testing.T) {
 		t.Errorf("large broadcast: %d copies by VXLAN and %d by TAP, want 2 and 1", vxlan, tap)
 	}
 }
+
+// Over IPv6, which is not fragmented on the way, a packet without DF leaves as
+// well as it can and its sender is told besides.
+func TestTooBigOverIPv6(t *testing.T) {
+	b := newBench(t)
+	w := ways()["relayed"]
+	p := answerable()["IPv4 UDP"]
+	p.mayCut = true
+	b.must(b.Hops.Put(beyond, Hop{Kind: KindVXLAN, Via: left, Remote: netip.MustParseAddr("2001:db8::2"), MTU: hopMTU}))
+	for size, copies := range map[int]int{hopMTU: 0, hopMTU + 1: 1} {
+		frame := p.frame(w.dst, w.src, size)
+		var o outcome
+		var got []byte
+		vxlan, _ := b.copies(func() { o, got = b.try(w, frame, 0) })
+		if vxlan != copies {
+			t.Errorf("%d bytes: %d copies, want %d", size, vxlan, copies)
+		}
+		if copies == 0 {
+			b.want("what fits", o, w.passed, w.counted...)
+		} else {
+			b.wantError("without DF", w, p, frame, o, got, hopMTU)
+		}
+	}
+	later := packet{src: "10.32.0.1", dst: "10.32.0.4", proto: udp, mayCut: true, fragment: 100}
+	o, _ := b.try(w, later.frame(w.dst, w.src, hopMTU+1), 0)
+	b.want("later fragment", o, verdictDrop, w.counted...) // the copy left
+}

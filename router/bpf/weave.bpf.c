@@ -466,13 +466,13 @@ static __always_inline int is_icmp_error(struct __sk_buff *skb, struct transport
 	return (type >= 3 && type <= 5) || type == 11 || type == 12;
 }
 
-/* Whether an error about a packet may be sent (RFC 1122 section 3.2.2, RFC
- * 4443 section 2.4 e), and whether the sender asked for it, with DF. */
+/* Whether an error about a packet may be sent: RFC 1122 section 3.2.2, RFC
+ * 4443 section 2.4 e. */
 static __always_inline int may_answer4(struct error4 *e)
 {
 	__u8 first = bpf_ntohl(e->ip.saddr) >> 24;
 
-	return e->ip.frag_off & bpf_htons(0x4000) && first && first != 127 && first < 224 &&
+	return first && first != 127 && first < 224 &&
 	       bpf_ntohl(e->ip.daddr) >> 28 != 14;
 }
 
@@ -523,7 +523,7 @@ static __always_inline void turn_round(struct ethhdr *eth)
 	__builtin_memcpy(eth->h_source, mac, ETH_ALEN);
 }
 
-static __always_inline int make_too_big4(struct __sk_buff *skb, struct transport *t, __u32 mtu)
+static __always_inline int make_too_big4(struct __sk_buff *skb, struct transport *t, __u32 mtu, int also_without_df)
 {
 	const __u32 len = sizeof(struct error4) - 2;
 	struct error4 e = {};
@@ -531,6 +531,8 @@ static __always_inline int make_too_big4(struct __sk_buff *skb, struct transport
 	__s64 sum;
 
 	if (bpf_skb_load_bytes(skb, 0, &e.eth, ETH_HLEN + sizeof(e.ip)) || e.eth.h_dest[0] & 1 || !may_answer4(&e))
+		return ERROR_NONE;
+	if (!(e.ip.frag_off & bpf_htons(0x4000)) && !also_without_df)
 		return ERROR_NONE;
 	sum = make_quote(skb, t);
 	if (sum < 0 || bpf_skb_adjust_room(skb, len - ETH_HLEN, BPF_ADJ_ROOM_MAC, 0))
@@ -577,7 +579,7 @@ static __always_inline int make_too_big6(struct __sk_buff *skb, struct transport
  * 1191, RFC 4443 section 3.2), as if from the receiver: an address that the
  * sender has a route to and that may be where the frame comes from. Returns an
  * ERROR_. A global function: the verifier looks at it once. */
-__attribute__((noinline)) int make_too_big(struct __sk_buff *skb, __u32 mtu)
+__attribute__((noinline)) int make_too_big(struct __sk_buff *skb, __u32 mtu, int also_without_df)
 {
 	__u32 least = skb->protocol == bpf_htons(ETH_P_IP) ? LEAST_MTU4 : LEAST_MTU6;
 	__u32 limit = mtu < least ? least : mtu;
@@ -587,7 +589,7 @@ __attribute__((noinline)) int make_too_big(struct __sk_buff *skb, __u32 mtu)
 	if (!t.at || t.cut_off || packet_len(skb) <= limit || is_icmp_error(skb, &t))
 		return ERROR_NONE;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
-		return make_too_big4(skb, &t, limit);
+		return make_too_big4(skb, &t, limit, also_without_df);
 	return make_too_big6(skb, &t, limit);
 }
 
@@ -690,13 +692,28 @@ static __always_inline int return_error(struct __sk_buff *skb, struct cfg *c, __
 	return send_by(skb, c, h, dst, src, HOP_LIMIT, 1, 0);
 }
 
+/* Lets a copy of a frame leave in fragments and keeps the frame. */
+static __always_inline int send_copy(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst,
+				     __u32 ttl)
+{
+	__u32 mark = skb->mark;
+
+	skb->mark = MARK_SENT;
+	if (encapsulate(skb, c, h, src, dst, ttl, 0) || bpf_clone_redirect(skb, c->vxlan_if, 0))
+		count(COUNT_DROPPED_SEND);
+	else
+		count_traffic(skb, h->via, 0);
+	skb->mark = mark;
+	return 1;
+}
+
 /* One frame of src to the peer dst. from: whom it came from, if by VXLAN.
  * on_vxlan: the program runs where the frame leaves by the VXLAN device. */
 static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src, __u32 dst, __u32 ttl,
 				struct neighbour *from, int on_vxlan)
 {
 	struct hop *h = bpf_map_lookup_elem(&hops, &dst);
-	int whole;
+	int whole, copied = 0;
 
 	if (!h)
 		return drop(COUNT_DROPPED_NO_PATH);
@@ -704,11 +721,17 @@ static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src,
 		return drop(COUNT_DROPPED_BACKWARDS);
 	whole = h->kind == HOP_SLEEVE || fits(skb, h);
 	if (!whole) {
-		int r = make_too_big(skb, h->mtu);
+		/* IPv6 is fragmented here or nowhere, by what the kernel knows of the
+		 * way. So senders that did not ask to be told are told as well. */
+		if (h->kind == HOP_VXLAN6 && !wants_df(skb))
+			copied = send_copy(skb, c, h, src, dst, ttl);
+		int r = make_too_big(skb, h->mtu, copied);
 		if (r == ERROR_MADE)
 			return return_error(skb, c, src, dst, on_vxlan);
 		if (r != ERROR_NONE)
 			return drop(COUNT_DROPPED_SEND);
+		if (copied)
+			return DROP;
 	}
 	return send_by(skb, c, h, src, dst, ttl, whole, on_vxlan);
 }

@@ -134,7 +134,8 @@ type host struct {
 	dp         *DataPath
 	probes     *overlaytest.Recorder
 	containers []*container
-	ipv6       bool // is the underlay
+	ipv6       bool                 // is the underlay
+	proven     map[peer.ShortID]int // MTU by neighbour
 }
 
 func (h *host) addr() netip.Addr {
@@ -311,7 +312,7 @@ func (l line) forwarding(i int, path func(a, b int) string) overlay.Forwarding {
 		tree := overlay.Tree{}
 		for _, n := range next {
 			if towards := (n > i) == (j > i); j != i && towards {
-				f.Hops[other.id] = overlay.Hop{Via: l[n].id, Path: path(i, n)}
+				f.Hops[other.id] = overlay.Hop{Via: l[n].id, Path: path(i, n), MTU: l[i].proven[l[n].id]}
 				tree.Parent = l[n].id
 			} else {
 				tree.Children = append(tree.Children, l[n].id)

@@ -58,6 +58,7 @@ type Lab struct {
 	sw      *process
 	extra   []*Host // machines behind hosts
 	cuts    map[[2]string]bool
+	narrow  map[[2]string]int // MTU between two ports
 	janitor *janitor
 }
 
@@ -97,7 +98,7 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 		return nil, fmt.Errorf("lab: folder: %w", err)
 	}
 	l := &Lab{
-		cfg: cfg, dir: dir, id: filepath.Base(dir), cuts: map[[2]string]bool{},
+		cfg: cfg, dir: dir, id: filepath.Base(dir), cuts: map[[2]string]bool{}, narrow: map[[2]string]int{},
 		spawn: make(chan func()), ended: make(chan struct{}),
 	}
 	if l.janitor, err = startJanitor(dir); err != nil {

@@ -74,11 +74,21 @@ func (l *Lab) Heal(ctx context.Context, a, b *Host) error {
 	return l.applyCuts(ctx)
 }
 
+// Narrow lets no IP packet of more than mtu bytes pass between two hosts, and
+// says nothing to their senders. It needs Config.Wire: super-frames are larger.
+func (l *Lab) Narrow(ctx context.Context, a, b *Host, mtu int) error {
+	l.narrow[[2]string{a.port(), b.port()}] = mtu
+	return l.applyCuts(ctx)
+}
+
 func (l *Lab) applyCuts(ctx context.Context) error {
 	rules := &strings.Builder{}
 	rules.WriteString("table bridge lab {}\ndelete table bridge lab\ntable bridge lab { chain cut { type filter hook forward priority 0;\n")
 	for c := range l.cuts {
 		fmt.Fprintf(rules, "iifname %q oifname %q drop\niifname %q oifname %q drop\n", c[0], c[1], c[1], c[0])
+	}
+	for c, mtu := range l.narrow {
+		fmt.Fprintf(rules, "iifname %q oifname %q ip length > %d drop\niifname %q oifname %q ip length > %d drop\n", c[0], c[1], mtu, c[1], c[0], mtu)
 	}
 	rules.WriteString("}\n}\n")
 	return run(ctx, l.sw.ns("net"), strings.NewReader(rules.String()), "nft", "-f", "-")

@@ -1,0 +1,217 @@
+package tests
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"weave.local/tests/lab"
+)
+
+// vxlanOver4 is what VXLAN adds to the IP packet inside, over IPv4.
+const vxlanOver4 = 50
+
+// narrowBar is how long traffic may stand still when a path narrows and nobody
+// says so.
+const narrowBar = 5 * time.Second
+
+// TestMTU is about underlays of all sizes, on which nothing may vanish because
+// it is too large, and nothing but its size may change.
+func TestMTU(t *testing.T) {
+	step(t, "1280", func(t *testing.T) { testSmallUnderlay(t) })
+	step(t, "mixed", func(t *testing.T) { testMixedUnderlay(t) })
+}
+
+func testSmallUnderlay(t *testing.T) {
+	l := build(t, lab.Config{Hosts: []string{"u1", "u2"}, MTU: 1280, Wire: true})
+	launchAll(t, l)
+	a, b := joined(t, l.Host("u1")), joined(t, l.Host("u2"))
+	wantDeviceMTU(t, a, 1280-vxlanOver4)
+	wantConnection(t, l.Host("u1"), "u2", 1280-vxlanOver4)
+	wantSteps(t, a, b, 1280-vxlanOver4)
+}
+
+func testMixedUnderlay(t *testing.T) {
+	l := build(t, lab.Config{MTU: 9000, Wire: true})
+	must(t, l.Host("u3"), "ip", "link", "set", "eth0", "mtu", "1500")
+	launchAll(t, l)
+	var cs []*container
+	for _, h := range l.Hosts {
+		cs = append(cs, joined(t, h))
+	}
+	u1, u2 := l.Host("u1"), l.Host("u2")
+	wantDeviceMTU(t, cs[0], 9000-vxlanOver4)
+	wantDeviceMTU(t, cs[2], 1500-vxlanOver4)
+	wantConnection(t, u1, "u2", 9000-vxlanOver4)
+	wantConnection(t, u1, "u3", 1500-vxlanOver4)
+	wantSteps(t, cs[0], cs[1], 9000-vxlanOver4)
+	wantSteps(t, cs[0], cs[2], 1500-vxlanOver4)
+	for _, c := range cs[1:] {
+		if err := exchange(t.Context(), cs[0], c, 10<<20); err != nil {
+			t.Errorf("10 MB between %s and %s: %v", cs[0].name, c.name, err)
+		}
+	}
+
+	s := startStream(t, cs[0], cs[1])
+	begin := time.Now()
+	if err := l.Narrow(t.Context(), u1, u2, 1400); err != nil {
+		t.Fatal(err)
+	}
+	within(t, 2*narrowBar, "smaller size", func() error { return hasMTU(t.Context(), u1, "u2", 1330) })
+	t.Logf("smaller size after %s", time.Since(begin).Round(time.Millisecond))
+	within(t, patience, "the stream goes on", func() error { return s.movedIn(time.Second) })
+	gap := s.gap(begin)
+	t.Logf("the stream stood still for %s", gap.Round(time.Millisecond))
+	if gap > narrowBar {
+		t.Errorf("the stream stood still for %s, want at most %s", gap, narrowBar)
+	}
+	wantConnection(t, u1, "u2", 1330)
+	wantSteps(t, cs[1], cs[0], 1330)
+}
+
+// joined attaches a namespace of a host.
+func joined(t *testing.T, h *lab.Host) *container {
+	t.Helper()
+	must(t, h, "ip", "netns", "add", "plain")
+	must(t, h, "ip", "-n", "plain", "link", "set", "lo", "up")
+	addr := weave(t, h, "attach", "--netns", "/run/netns/plain")
+	return &container{Host: h, name: h.Name, netns: "/run/netns/plain", addr: netip.PrefixFrom(netip.MustParseAddr(addr), 12)}
+}
+
+func wantDeviceMTU(t *testing.T, c *container, mtu int) {
+	t.Helper()
+	if text := must(t, c.Host, "ip", "-n", "plain", "-o", "link", "show", "ethwe"); !strings.Contains(text, fmt.Sprintf(" mtu %d ", mtu)) {
+		t.Errorf("%s: want an MTU of %d: %s", c.name, mtu, text)
+	}
+}
+
+// hasMTU returns an error unless the connection to a peer is on the fast path
+// with that MTU and nothing to say.
+func hasMTU(ctx context.Context, h *lab.Host, to string, mtu int) error {
+	cs, err := connections(ctx, h)
+	if err != nil {
+		return err
+	}
+	for _, c := range cs {
+		if c.nick != to {
+			continue
+		}
+		if c.path != "fastdp" || !strings.Contains(c.attrs+" ", fmt.Sprintf("mtu=%d ", mtu)) || strings.Contains(c.attrs, "reason=") {
+			return fmt.Errorf("%s: %q, want fastdp with mtu=%d", h.Name, c.line, mtu)
+		}
+		return nil
+	}
+	return fmt.Errorf("%s: no connection to %s", h.Name, to)
+}
+
+func wantConnection(t *testing.T, h *lab.Host, to string, mtu int) {
+	t.Helper()
+	within(t, patience, "MTU", func() error { return hasMTU(t.Context(), h, to, mtu) })
+}
+
+// wantSteps sends IP packets that must not be fragmented, in steps of one byte
+// around mtu: what fits arrives, what does not is answered with the size.
+func wantSteps(t *testing.T, from, to *container, mtu int) {
+	t.Helper()
+	const headers = 28 // of IP and ICMP
+	ping := func(size int) lab.Result {
+		must(t, from.Host, "ip", "-n", "plain", "route", "flush", "cache") // forgets what was learnt
+		return from.Run(t.Context(), "nsenter", "--net="+from.netns, "ping", "-M", "do", "-c", "1", "-W", "2",
+			"-s", fmt.Sprint(size-headers), to.addr.Addr().String())
+	}
+	within(t, patience, "ping", func() error { return ping(mtu - 3).Err() })
+	for size := mtu - 3; size <= mtu+3; size++ {
+		r := ping(size)
+		told := strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf("mtu = %d", mtu)) || strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf("mtu=%d", mtu)) ||
+			strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf("mtu: %d", mtu))
+		if (r.Code == 0) != (size <= mtu) || told != (size > mtu) {
+			t.Errorf("%s to %s, %d bytes where %d fit: exit %d, %s%s", from.name, to.name, size, mtu, r.Code, r.Stdout, r.Stderr)
+		}
+	}
+}
+
+// stream is a TCP connection that sends all the time.
+type stream struct {
+	mu   sync.Mutex
+	came []time.Time // when something arrived, at most every streamStep
+}
+
+const streamStep = 10 * time.Millisecond
+
+// startStream runs until the test ends.
+func startStream(t *testing.T, from, to *container) *stream {
+	t.Helper()
+	var listener net.Listener
+	var out net.Conn
+	err := to.DoIn(to.netns, func() (err error) {
+		listener, err = new(net.ListenConfig).Listen(t.Context(), "tcp4", net.JoinHostPort(to.addr.Addr().String(), "0"))
+		return err
+	})
+	if err == nil {
+		err = from.DoIn(from.netns, func() (err error) {
+			out, err = new(net.Dialer).DialContext(t.Context(), "tcp4", listener.Addr().String())
+			return err
+		})
+	}
+	if err != nil {
+		t.Fatalf("stream: %v", err)
+	}
+	in, err := listener.Accept()
+	_ = listener.Close()
+	if err != nil {
+		t.Fatalf("stream: %v", err)
+	}
+	s := &stream{}
+	var wait sync.WaitGroup
+	t.Cleanup(func() { _ = out.Close(); _ = in.Close(); wait.Wait() })
+	wait.Go(func() {
+		b := make([]byte, 1<<16)
+		for {
+			if _, err := out.Write(b); err != nil {
+				return
+			}
+		}
+	})
+	wait.Go(func() {
+		b := make([]byte, 1<<20)
+		for {
+			if _, err := in.Read(b); err != nil {
+				return
+			}
+			s.mu.Lock()
+			if n := len(s.came); n == 0 || time.Since(s.came[n-1]) > streamStep {
+				s.came = append(s.came, time.Now())
+			}
+			s.mu.Unlock()
+		}
+	})
+	within(t, patience, "stream", func() error { return s.movedIn(time.Second) })
+	return s
+}
+
+// movedIn returns an error unless something arrived in the last while.
+func (s *stream) movedIn(d time.Duration) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.came); n == 0 || time.Since(s.came[n-1]) > d {
+		return fmt.Errorf("nothing arrived in the last %s", d)
+	}
+	return nil
+}
+
+// gap is the longest time from then to now in which nothing arrived.
+func (s *stream) gap(then time.Time) (longest time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range append(s.came, time.Now()) {
+		if c.After(then) {
+			longest, then = max(longest, c.Sub(then)), c
+		}
+	}
+	return longest
+}

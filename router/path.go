@@ -47,8 +47,17 @@ func nextSize(limit int) int {
 }
 
 type sentProbe struct {
-	size int
-	at   time.Time
+	size      int
+	at        time.Time
+	overtaken bool // a smaller one that was not sent earlier was answered
+}
+
+// wait is how long an answer may take.
+func (s sentProbe) wait() time.Duration {
+	if s.overtaken {
+		return probeFast
+	}
+	return answerIn
 }
 
 // pathState finds out whether one data path carries frames to one neighbour
@@ -181,7 +190,7 @@ func (p *pathState) setLimit(limit int) {
 // expire counts probes that got no answer.
 func (p *pathState) expire(now time.Time) {
 	for token, s := range p.pending {
-		if now.Sub(s.at) <= answerIn {
+		if now.Sub(s.at) < s.wait() {
 			continue
 		}
 		delete(p.pending, token)
@@ -192,7 +201,8 @@ func (p *pathState) expire(now time.Time) {
 			p.lost++
 		}
 	}
-	if p.lost >= sizeTries && now.Sub(p.lastSmall) < deadAfter && !p.spread.IsZero() && now.Sub(p.spread) > answerIn {
+	searched := !p.spread.IsZero() && (p.found > smallProbe || now.Sub(p.spread) > answerIn)
+	if p.lost >= sizeTries && searched && now.Sub(p.lastSmall) < deadAfter {
 		p.narrow(p.trying)
 	}
 }
@@ -254,12 +264,23 @@ func (p *pathState) ack(token uint64, now time.Time) {
 		p.acks++
 	case s.size < p.trying:
 		p.found = max(p.found, s.size)
+		p.overtake(s)
 	}
 	if p.up || p.mtu == 0 {
 		return
 	}
 	if !p.wasUp || p.acks >= recoverAcks {
 		p.up, p.wasUp, p.reason = true, true, ""
+	}
+}
+
+// overtake notes that probes under test had their chance when s had.
+func (p *pathState) overtake(s sentProbe) {
+	for token, o := range p.pending {
+		if o.size == p.trying && !o.at.After(s.at) {
+			o.overtaken = true
+			p.pending[token] = o
+		}
 	}
 }
 

@@ -119,7 +119,7 @@ func TestShrinkingPathStaysUp(t *testing.T) {
 	w := newWire(t, 1500, 1450)
 	w.run(5 * time.Second)
 	w.mtu = 1380
-	w.until("narrower", 3*time.Second, func() bool {
+	w.until("narrower", 2200*time.Millisecond, func() bool {
 		if !w.p.usable() {
 			t.Fatal("a narrower path cost the path itself")
 		}

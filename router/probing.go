@@ -110,7 +110,8 @@ func (r *Router) dueProbes(now time.Time) []dueProbe {
 	return due
 }
 
-// limits asks each path for its device's limit, outside the lock.
+// limits asks each path for its device's limit, outside the lock; ours holds
+// for all.
 func (r *Router) limits() map[peer.ShortID][]int {
 	r.mu.Lock()
 	known := make([]peer.ShortID, 0, len(r.neighbours))
@@ -123,7 +124,7 @@ func (r *Router) limits() map[peer.ShortID][]int {
 	limits := make(map[peer.ShortID][]int, len(known))
 	for _, id := range known {
 		for _, p := range r.paths {
-			limits[id] = append(limits[id], p.MTU(id))
+			limits[id] = append(limits[id], r.bound(p.MTU(id)))
 		}
 	}
 	return limits

@@ -39,7 +39,10 @@ const (
 type Config struct {
 	Mesh  *link.Mesh
 	Table *gossip.Table // named TableName
-	Log   *slog.Logger
+	// MTU is that of the devices here, in bytes: larger packets are neither
+	// sent nor taken, as the bridge would lose them. 0: there is no limit.
+	MTU int
+	Log *slog.Logger
 }
 
 // Router chooses paths. Its methods may be called from several goroutines.
@@ -170,14 +173,25 @@ func (r *Router) Forget(name peer.Name) {
 }
 
 // Probed is the overlay.ProbeFunc of all data paths: it answers the probe over
-// the control link.
-func (r *Router) Probed(path string, from peer.ShortID, token uint64, _ int) {
+// the control link, unless it stands for packets that no device here takes.
+func (r *Router) Probed(path string, from peer.ShortID, token uint64, size int) {
+	if size > r.bound(size) {
+		return
+	}
 	r.mu.Lock()
 	name, ok := r.byShortID[from]
 	r.mu.Unlock()
 	if ok {
 		r.send(name, answer(path, token))
 	}
+}
+
+// bound is size, or the most that the devices here take if that is less.
+func (r *Router) bound(size int) int {
+	if r.cfg.MTU == 0 {
+		return size
+	}
+	return min(size, max(r.cfg.MTU, smallProbe))
 }
 
 func (r *Router) send(to peer.Name, b []byte) {

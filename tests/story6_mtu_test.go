@@ -24,6 +24,7 @@ const narrowBar = 5 * time.Second
 // it is too large, and nothing but its size may change.
 func TestMTU(t *testing.T) {
 	step(t, "1280", func(t *testing.T) { testSmallUnderlay(t) })
+	step(t, "small device", func(t *testing.T) { testSmallDevice(t) })
 	step(t, "mixed", func(t *testing.T) { testMixedUnderlay(t) })
 }
 
@@ -34,6 +35,18 @@ func testSmallUnderlay(t *testing.T) {
 	wantDeviceMTU(t, a, 1280-vxlanOver4)
 	wantConnection(t, l.Host("u1"), "u2", 1280-vxlanOver4)
 	wantSteps(t, a, b, 1280-vxlanOver4)
+}
+
+// A device that takes less than its path is met by the same errors.
+func testSmallDevice(t *testing.T) {
+	l := build(t, lab.Config{Hosts: []string{"u1", "u2"}})
+	launch(t, l.Host("u1"), "--no-dns", "u2")
+	launch(t, l.Host("u2"), "--no-dns", "--mtu", "1300", "u1")
+	established(t, l, patience)
+	a, b := joined(t, l.Host("u1")), joined(t, l.Host("u2"))
+	wantDeviceMTU(t, b, 1300)
+	wantConnection(t, l.Host("u1"), "u2", 1300)
+	wantSteps(t, a, b, 1300)
 }
 
 func testMixedUnderlay(t *testing.T) {

@@ -287,7 +287,7 @@ func (d *daemon) openPaths(context.Context) error {
 		d.undo.onFailure(func() { _ = netdev.DeleteLink(bridgeName) })
 	}
 	table := d.gossip.Table(router.TableName)
-	d.router = router.New(router.Config{Mesh: d.mesh, Table: table, Log: d.log.With("part", "router")})
+	d.router = router.New(router.Config{Mesh: d.mesh, Table: table, MTU: d.mtu, Log: d.log.With("part", "router")})
 	var err error
 	d.sleeve, err = sleeve.New(sleeve.Config{
 		Port: d.cfg.Port, Bind: d.cfg.Host, TapName: tapName, OnProbe: d.router.Probed, Log: d.log.With("part", "sleeve"),

@@ -26,6 +26,8 @@ const (
 	TAPIn    Program = "tap_in"    // ingress of the user-space path's TAP
 	PortIn   Program = "port_in"   // ingress of a container's host-side device
 	PortOut  Program = "port_out"  // egress of a container's host-side device
+	UplinkIn Program = "uplink_in" // ingress of a device of the underlay
+	JoinIn   Program = "join_in"   // ingress of the device that joins packets
 )
 
 // Egress says on which of the two hooks of a device the program belongs.
@@ -50,6 +52,10 @@ func (o *Objects) program(p Program) *ebpf.Program {
 		return o.objs.PortIn
 	case PortOut:
 		return o.objs.PortOut
+	case UplinkIn:
+		return o.objs.UplinkIn
+	case JoinIn:
+		return o.objs.JoinIn
 	}
 	return nil
 }
@@ -177,6 +183,34 @@ func detach(path string) error {
 		return fmt.Errorf("detach %s: %w", filepath.Base(path), err)
 	}
 	return nil
+}
+
+// AttachedTo lists the devices that have a pinned attachment of the program, of
+// whichever version, by interface index.
+func (o *Objects) AttachedTo(p Program) ([]int, error) {
+	var devices []int
+	err := eachLink(o.dir, func(path string, ifIndex int) error {
+		if path == linkPath(o.dir, ifIndex, p) {
+			devices = append(devices, ifIndex)
+		}
+		return nil
+	})
+	return devices, err
+}
+
+// Shares says whether a device has programs of others, attached by links, on
+// the hook that the program belongs on.
+func (o *Objects) Shares(ifIndex int, p Program) (bool, error) {
+	attached, err := link.QueryPrograms(link.QueryOptions{Target: ifIndex, Attach: p.attachType()})
+	if err != nil {
+		return false, fmt.Errorf("programs on device %d: %w", ifIndex, err)
+	}
+	for _, a := range attached.Programs {
+		if programName(a.ID) != string(p) {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // SweepLinks removes the pins of devices that are gone.

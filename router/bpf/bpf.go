@@ -16,9 +16,11 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"math/bits"
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -190,11 +192,18 @@ type Config struct {
 	VXLAN    uint32 // interface index of the VXLAN device
 	TAP      uint32 // interface index of the user-space path's TAP, 0 without
 	Features uint32
+
+	Port        uint16        // UDP port of VXLAN
+	Join        uint32        // interface index of the device that joins packets, 0 without
+	DirectUntil time.Duration // on the monotonic clock of the kernel: the direct way is not used after
 }
 
 // SetConfig replaces the configuration.
 func (o *Objects) SetConfig(c Config) error {
-	v := weaveCfg{Self: uint32(c.Self), VxlanIf: c.VXLAN, TapIf: c.TAP, Flags: c.Features}
+	v := weaveCfg{
+		Self: uint32(c.Self), VxlanIf: c.VXLAN, TapIf: c.TAP, Flags: c.Features,
+		JoinIf: c.Join, Port: uint32(bits.ReverseBytes16(c.Port)), DirectUntil: uint64(c.DirectUntil),
+	}
 	if err := o.objs.Config.Put(uint32(0), v); err != nil {
 		return fmt.Errorf("BPF configuration: %w", err)
 	}
@@ -207,12 +216,16 @@ func (o *Objects) Config() (Config, error) {
 	if err := o.objs.Config.Lookup(uint32(0), &v); err != nil {
 		return Config{}, fmt.Errorf("BPF configuration: %w", err)
 	}
-	return Config{Self: uint16(v.Self), VXLAN: v.VxlanIf, TAP: v.TapIf, Features: v.Flags}, nil
+	return Config{
+		Self: uint16(v.Self), VXLAN: v.VxlanIf, TAP: v.TapIf, Features: v.Flags,
+		Join: v.JoinIf, Port: bits.ReverseBytes16(uint16(v.Port)), DirectUntil: time.Duration(v.DirectUntil),
+	}, nil
 }
 
 // counterNames are the enumerators of enum counter, in order.
 var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never written
-	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "too_big", "shortcut", "arp_answered",
+	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "too_big", "shortcut",
+	"direct_tx", "direct_rx", "direct_relayed", "arp_answered",
 	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
 	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
 	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes", "dropped_flood_limit",
@@ -231,6 +244,9 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	pmtu                   "too big" errors that the kernel made for senders
 //	too_big                the same, made by the programs
 //	shortcut               past the bridge, from or to a container here
+//	direct_tx              sent past this host's IP stack
+//	direct_rx              received past it
+//	direct_relayed         relayed past it
 //	arp_answered           requests of containers, answered on this host
 //	dropped_no_path        no way to the destination peer is known
 //	dropped_not_neighbour  from an underlay address that is no neighbour's

@@ -24,11 +24,14 @@ type sceneBucket struct {
 }
 
 type sceneCfg struct {
-	_       structs.HostLayout
-	Self    uint32
-	VxlanIf uint32
-	TapIf   uint32
-	Flags   uint32
+	_           structs.HostLayout
+	Self        uint32
+	VxlanIf     uint32
+	TapIf       uint32
+	Flags       uint32
+	JoinIf      uint32
+	Port        uint32
+	DirectUntil uint64
 }
 
 type sceneEndpoint struct {
@@ -43,12 +46,14 @@ type sceneEndpoint struct {
 }
 
 type sceneHop struct {
-	_      structs.HostLayout
-	Kind   uint16
-	Via    uint16
-	Mtu    uint32
-	Remote [4]uint32
-	Local  [4]uint32
+	_       structs.HostLayout
+	Kind    uint16
+	Via     uint16
+	Mtu     uint32
+	Remote  [4]uint32
+	Local   [4]uint32
+	Uplink  uint32
+	Gateway uint32
 }
 
 type sceneMac struct {
@@ -58,9 +63,11 @@ type sceneMac struct {
 }
 
 type sceneNeighbour struct {
-	_  structs.HostLayout
-	N  uint16
-	Id [7]uint16
+	_      structs.HostLayout
+	N      uint16
+	Id     [7]uint16
+	Local  uint32
+	Uplink uint32
 }
 
 type sceneOutcome struct {
@@ -136,6 +143,7 @@ const (
 	sceneMapScenes         = "scenes"
 	sceneMapTraffics       = "traffics"
 	sceneMapTrees          = "trees"
+	sceneProgJoinIn        = "join_in"
 	sceneProgPortIn        = "port_in"
 	sceneProgPortOut       = "port_out"
 	sceneProgScenePortIn   = "scene_port_in"
@@ -144,6 +152,7 @@ const (
 	sceneProgSceneVxlanOut = "scene_vxlan_out"
 	sceneProgTapIn         = "tap_in"
 	sceneProgTestFeatures  = "test_features"
+	sceneProgUplinkIn      = "uplink_in"
 	sceneProgVxlanIn       = "vxlan_in"
 	sceneProgVxlanOut      = "vxlan_out"
 	sceneVarCounterType    = "counter_type"
@@ -193,6 +202,7 @@ type sceneSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type sceneProgramSpecs struct {
+	JoinIn        *ebpf.ProgramSpec `ebpf:"join_in"`
 	PortIn        *ebpf.ProgramSpec `ebpf:"port_in"`
 	PortOut       *ebpf.ProgramSpec `ebpf:"port_out"`
 	ScenePortIn   *ebpf.ProgramSpec `ebpf:"scene_port_in"`
@@ -201,6 +211,7 @@ type sceneProgramSpecs struct {
 	SceneVxlanOut *ebpf.ProgramSpec `ebpf:"scene_vxlan_out"`
 	TapIn         *ebpf.ProgramSpec `ebpf:"tap_in"`
 	TestFeatures  *ebpf.ProgramSpec `ebpf:"test_features"`
+	UplinkIn      *ebpf.ProgramSpec `ebpf:"uplink_in"`
 	VxlanIn       *ebpf.ProgramSpec `ebpf:"vxlan_in"`
 	VxlanOut      *ebpf.ProgramSpec `ebpf:"vxlan_out"`
 }
@@ -299,6 +310,7 @@ type sceneVariables struct {
 //
 // It can be passed to loadSceneObjects or ebpf.CollectionSpec.LoadAndAssign.
 type scenePrograms struct {
+	JoinIn        *ebpf.Program `ebpf:"join_in"`
 	PortIn        *ebpf.Program `ebpf:"port_in"`
 	PortOut       *ebpf.Program `ebpf:"port_out"`
 	ScenePortIn   *ebpf.Program `ebpf:"scene_port_in"`
@@ -307,12 +319,14 @@ type scenePrograms struct {
 	SceneVxlanOut *ebpf.Program `ebpf:"scene_vxlan_out"`
 	TapIn         *ebpf.Program `ebpf:"tap_in"`
 	TestFeatures  *ebpf.Program `ebpf:"test_features"`
+	UplinkIn      *ebpf.Program `ebpf:"uplink_in"`
 	VxlanIn       *ebpf.Program `ebpf:"vxlan_in"`
 	VxlanOut      *ebpf.Program `ebpf:"vxlan_out"`
 }
 
 func (p *scenePrograms) Close() error {
 	return _SceneClose(
+		p.JoinIn,
 		p.PortIn,
 		p.PortOut,
 		p.ScenePortIn,
@@ -321,6 +335,7 @@ func (p *scenePrograms) Close() error {
 		p.SceneVxlanOut,
 		p.TapIn,
 		p.TestFeatures,
+		p.UplinkIn,
 		p.VxlanIn,
 		p.VxlanOut,
 	)

@@ -28,6 +28,11 @@ func AddrOf(a netip.Addr) Addr { return a.As16() }
 type Neighbour struct {
 	N  int // how many of IDs are in use
 	ID [MaxSharing]uint16
+
+	// The direct way, IPv4 only: our address that they send to, and the
+	// device that they are reached by, 0 when they do not use it.
+	Local  netip.Addr
+	Uplink uint32
 }
 
 // Kinds of Hop.
@@ -42,6 +47,11 @@ type Hop struct {
 	Via           uint16     // short id of the neighbour that takes the frame
 	MTU           int        // largest IP packet proven to get there, in bytes; 0: not known
 	Remote, Local netip.Addr // underlay, KindVXLAN only; Local may be invalid: the kernel chooses
+
+	// The direct way, IPv4 and KindVXLAN only: the device that frames leave
+	// by, 0 when there is none, and the next hop on it. Local must be valid.
+	Uplink  uint32
+	Gateway netip.Addr
 }
 
 // Tree is this peer's place in the broadcast tree of a source.
@@ -199,11 +209,11 @@ func (o *Objects) bindTables() {
 }
 
 func encodeNeighbour(k Addr, v Neighbour) (weaveAddr, weaveNeighbour) {
-	return weaveAddr{B: k}, weaveNeighbour{N: uint16(v.N), Id: v.ID}
+	return weaveAddr{B: k}, weaveNeighbour{N: uint16(v.N), Id: v.ID, Local: netOrder(v.Local), Uplink: v.Uplink}
 }
 
 func decodeNeighbour(k weaveAddr, v weaveNeighbour) (Addr, Neighbour) {
-	return k.B, Neighbour{N: int(v.N), ID: v.Id}
+	return k.B, Neighbour{N: int(v.N), ID: v.Id, Local: fromNetOrder(v.Local), Uplink: v.Uplink}
 }
 
 func encodeHop(k uint16, v Hop) (uint32, weaveHop) {
@@ -215,6 +225,7 @@ func encodeHop(k uint16, v Hop) (uint32, weaveHop) {
 			h.Kind = uint16(weaveHopKindHOP_VXLAN4)
 		}
 		h.Remote, h.Local = addrWords(remote), addrWords(local)
+		h.Uplink, h.Gateway = v.Uplink, netOrder(v.Gateway)
 	}
 	return uint32(k), h
 }
@@ -251,11 +262,30 @@ func addrFromWords(kind uint16, w [4]uint32) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
+// netOrder is an IPv4 address as it stands in a packet, 0 for any other.
+func netOrder(a netip.Addr) uint32 {
+	if a = a.Unmap(); !a.Is4() {
+		return 0
+	}
+	b := a.As4()
+	return binary.NativeEndian.Uint32(b[:])
+}
+
+func fromNetOrder(w uint32) netip.Addr {
+	if w == 0 {
+		return netip.Addr{}
+	}
+	var b [4]byte
+	binary.NativeEndian.PutUint32(b[:], w)
+	return netip.AddrFrom4(b)
+}
+
 func decodeHop(k uint32, v weaveHop) (uint16, Hop) {
 	h := Hop{Kind: KindSleeve, Via: v.Via, MTU: int(v.Mtu)}
 	if v.Kind != uint16(weaveHopKindHOP_SLEEVE) {
 		h.Kind = KindVXLAN
 		h.Remote, h.Local = addrFromWords(v.Kind, v.Remote), addrFromWords(v.Kind, v.Local)
+		h.Uplink, h.Gateway = v.Uplink, fromNetOrder(v.Gateway)
 	}
 	return uint16(k), h
 }

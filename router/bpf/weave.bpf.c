@@ -40,6 +40,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/udp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
@@ -76,6 +77,9 @@ struct cfg {
 	__u32 vxlan_if;
 	__u32 tap_if; /* 0: no TAP */
 	__u32 flags;
+	__u32 join_if; /* joins TCP packets to super-frames; 0: there is none */
+	__u32 port;    /* UDP port of VXLAN, network order */
+	__u64 direct_until; /* ns since boot: the direct way is not used any later */
 };
 
 /* IPv6, or IPv4 mapped into it; network order */
@@ -87,6 +91,8 @@ struct addr {
 struct neighbour {
 	__u16 n;
 	__u16 id[MAX_SHARING];
+	__be32 local; /* IPv4: our address that they send to, */
+	__u32 uplink; /* and the device they do it by; 0: not the direct way */
 };
 
 enum hop_kind { HOP_VXLAN4 = 1, HOP_VXLAN6, HOP_SLEEVE };
@@ -98,6 +104,8 @@ struct hop {
 	__u32 mtu; /* largest IP packet proven to get there, 0: not known */
 	__u32 remote[4]; /* IPv4: host order in [0], as the helper wants; */
 	__u32 local[4];  /* IPv6: network order; local may be zero */
+	__u32 uplink;    /* device of the direct way; 0: there is none */
+	__be32 gateway;  /* on it: the next hop, or the remote itself */
 };
 
 /* where flooded frames of one source come from and go to */
@@ -171,6 +179,9 @@ enum counter {
 	COUNT_PMTU,
 	COUNT_TOO_BIG,
 	COUNT_SHORTCUT,
+	COUNT_DIRECT_TX,
+	COUNT_DIRECT_RX,
+	COUNT_DIRECT_RELAYED,
 	COUNT_ARP_ANSWERED,
 	COUNT_DROPPED_NO_PATH,
 	COUNT_DROPPED_NOT_NEIGHBOUR,
@@ -347,17 +358,17 @@ struct transport {
 
 #define MAX_EXTENSIONS 4
 
-static __always_inline void find_transport6(struct __sk_buff *skb, struct transport *t)
+static __always_inline void find_transport6(struct __sk_buff *skb, struct transport *t, __u32 base)
 {
 	__u32 at = sizeof(struct ipv6hdr);
 	__u8 proto, ext[4];
 
-	if (bpf_skb_load_bytes(skb, ETH_HLEN + 6, &proto, sizeof(proto)))
+	if (bpf_skb_load_bytes(skb, base + 6, &proto, sizeof(proto)))
 		return;
 	for (int i = 0; i < MAX_EXTENSIONS; i++) {
 		if (proto != IPPROTO_HOPOPTS && proto != IPPROTO_ROUTING && proto != IPPROTO_DSTOPTS && proto != IPPROTO_FRAGMENT)
 			break;
-		if (bpf_skb_load_bytes(skb, ETH_HLEN + at, ext, sizeof(ext)))
+		if (bpf_skb_load_bytes(skb, base + at, ext, sizeof(ext)))
 			return;
 		if (proto == IPPROTO_FRAGMENT)
 			t->cut_off = ext[2] || ext[3] & 0xf8;
@@ -368,16 +379,17 @@ static __always_inline void find_transport6(struct __sk_buff *skb, struct transp
 	t->at = at;
 }
 
-static __always_inline void find_transport(struct __sk_buff *skb, struct transport *t)
+/* base: where in the frame the packet starts */
+static __always_inline void find_transport(struct __sk_buff *skb, struct transport *t, __u32 base, __be16 protocol)
 {
 	struct iphdr ip;
 
 	__builtin_memset(t, 0, sizeof(*t));
-	if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
-		find_transport6(skb, t);
+	if (protocol == bpf_htons(ETH_P_IPV6)) {
+		find_transport6(skb, t, base);
 		return;
 	}
-	if (skb->protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)))
+	if (protocol != bpf_htons(ETH_P_IP) || bpf_skb_load_bytes(skb, base, &ip, sizeof(ip)))
 		return;
 	t->at = ip.ihl * 4;
 	t->proto = ip.protocol;
@@ -387,17 +399,17 @@ static __always_inline void find_transport(struct __sk_buff *skb, struct transpo
 /* The size of the largest packet that the frame holds, 0 when it is not known:
  * a super-frame is cut into packets that have all its headers and gso_size
  * bytes each. */
-static __always_inline __u32 packet_len(struct __sk_buff *skb)
+static __always_inline __u32 packet_len(struct __sk_buff *skb, __u32 base, __be16 protocol)
 {
 	struct transport t;
 	__u8 offset;
 
 	if (!skb->gso_size)
-		return skb->len - ETH_HLEN;
-	find_transport(skb, &t);
+		return skb->len - base;
+	find_transport(skb, &t, base, protocol);
 	if (t.at && t.proto == IPPROTO_UDP)
 		return t.at + 8 + skb->gso_size;
-	if (!t.at || t.proto != IPPROTO_TCP || bpf_skb_load_bytes(skb, ETH_HLEN + t.at + 12, &offset, sizeof(offset)))
+	if (!t.at || t.proto != IPPROTO_TCP || bpf_skb_load_bytes(skb, base + t.at + 12, &offset, sizeof(offset)))
 		return 0;
 	return t.at + 4 * (offset >> 4) + skb->gso_size;
 }
@@ -412,7 +424,7 @@ static __always_inline int fits(struct __sk_buff *skb, struct hop *h)
 
 	if (!h->mtu)
 		return 1;
-	len = packet_len(skb);
+	len = packet_len(skb, ETH_HLEN, skb->protocol);
 	return len && len <= h->mtu;
 }
 
@@ -585,8 +597,8 @@ __attribute__((noinline)) int make_too_big(struct __sk_buff *skb, __u32 mtu, int
 	__u32 limit = mtu < least ? least : mtu;
 	struct transport t;
 
-	find_transport(skb, &t);
-	if (!t.at || t.cut_off || packet_len(skb) <= limit || is_icmp_error(skb, &t))
+	find_transport(skb, &t, ETH_HLEN, skb->protocol);
+	if (!t.at || t.cut_off || packet_len(skb, ETH_HLEN, skb->protocol) <= limit || is_icmp_error(skb, &t))
 		return ERROR_NONE;
 	if (skb->protocol == bpf_htons(ETH_P_IP))
 		return make_too_big4(skb, &t, limit, also_without_df);
@@ -654,6 +666,94 @@ static __always_inline int push_tags(struct __sk_buff *skb, __u32 src, __u32 dst
 	return bpf_skb_vlan_push(skb, bpf_htons(ETH_P_8021AD), s_tci);
 }
 
+/* ---- the direct way: past the VXLAN device and this host's IP stack ----
+ *
+ * On the wire it is all the same. Used where the daemon has found the route to
+ * the neighbour, and only while it lives and watches that route; without it,
+ * frames take the VXLAN device, which asks the kernel for the way each time. */
+
+/* What the direct way puts before a frame, behind the outer Ethernet header:
+ * the same as the VXLAN device does (RFC 7348). */
+struct tunnel {
+	struct iphdr ip;
+	struct udphdr udp;
+	__be32 flags;
+	__be32 vni; /* in the upper 24 bits */
+	struct ethhdr frame;
+} __attribute__((packed));
+
+#define TUNNEL_END (ETH_HLEN + sizeof(struct tunnel)) /* where the packet inside starts */
+#define VXLAN_FLAGS bpf_htonl(0x08000000) /* the identifier is valid */
+#define DF bpf_htons(0x4000)
+#define CE 3 /* congestion was met (RFC 3168) */
+#define MAX_DIRECT 65000 /* longer frames cannot have their length told outside */
+#define PORTS_FROM 32768 /* source ports: the flow's share of the ephemeral ones */
+#define PORTS 28232
+#define DECAP_L3_IPV6 (1ULL << 8) /* BPF_F_ADJ_ROOM_DECAP_L3_IPV6 (6.3) */
+
+static __always_inline int is_direct_on(struct cfg *c)
+{
+	return c->flags & FLAG_SHORTCUT && bpf_ktime_get_ns() < c->direct_until;
+}
+
+static __always_inline __u16 ip_checksum(const void *ip)
+{
+	return ~fold(bpf_csum_diff(0, 0, (void *)ip, sizeof(struct iphdr), 0));
+}
+
+/* The ECN field that belongs outside, as the VXLAN device has it: CE is met
+ * inside this host and not told to the underlay. */
+static __always_inline __u8 outer_ecn(struct __sk_buff *skb)
+{
+	__u8 b[2];
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, b, sizeof(b)))
+		return 0;
+	__u8 ecn = (skb->protocol == bpf_htons(ETH_P_IP) ? b[1] : b[1] >> 4) & 3;
+	return ecn == CE ? 2 : ecn;
+}
+
+static __always_inline int leave(struct hop *h)
+{
+	struct bpf_redir_neigh to = {.nh_family = 2 /* AF_INET */, .ipv4_nh = h->gateway};
+	return bpf_redirect_neigh(h->uplink, &to, sizeof(to), 0);
+}
+
+/* Sends a frame as VXLAN without the VXLAN device. Negative when that cannot
+ * be done; the frame is then as it was. */
+static __always_inline int send_direct(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst, __u32 ttl)
+{
+	struct tunnel t = {};
+	__u16 len = skb->len + sizeof(t) - ETH_HLEN; /* past the inner Ethernet header */
+
+	if (!h->uplink || !h->mtu || skb->len > MAX_DIRECT || !is_direct_on(c) || bpf_skb_load_bytes(skb, 0, &t.frame, sizeof(t.frame)))
+		return -1;
+	t.ip.version = 4;
+	t.ip.ihl = 5;
+	t.ip.tos = outer_ecn(skb);
+	t.ip.tot_len = bpf_htons(len);
+	t.ip.frag_off = DF;
+	t.ip.ttl = ttl;
+	t.ip.protocol = IPPROTO_UDP;
+	t.ip.saddr = bpf_htonl(h->local[0]);
+	t.ip.daddr = bpf_htonl(h->remote[0]);
+	t.ip.check = ip_checksum(&t.ip);
+	t.udp.source = bpf_htons(PORTS_FROM + ((__u64)bpf_get_hash_recalc(skb) * PORTS >> 32));
+	t.udp.dest = c->port;
+	t.udp.len = bpf_htons(len - sizeof(t.ip));
+	t.flags = VXLAN_FLAGS;
+	t.vni = bpf_htonl((src | dst << 12) << 8);
+	if (bpf_skb_adjust_room(skb, sizeof(t), BPF_ADJ_ROOM_MAC,
+				BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP |
+					BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
+		return -1;
+	if (bpf_skb_store_bytes(skb, ETH_HLEN, &t, sizeof(t), 0))
+		return drop(COUNT_DROPPED_SEND);
+	count_traffic(skb, h->via, 0);
+	count(COUNT_DIRECT_TX);
+	return leave(h);
+}
+
 static __always_inline int send_by(struct __sk_buff *skb, struct cfg *c, struct hop *h, __u32 src, __u32 dst,
 				   __u32 ttl, int whole, int on_vxlan)
 {
@@ -664,6 +764,11 @@ static __always_inline int send_by(struct __sk_buff *skb, struct cfg *c, struct 
 			return drop(COUNT_DROPPED_SEND);
 		count(COUNT_TO_SLEEVE);
 		return bpf_redirect(c->tap_if, 0);
+	}
+	if (!on_vxlan && whole) {
+		int r = send_direct(skb, c, h, src, dst, ttl);
+		if (r >= 0)
+			return r;
 	}
 	if (encapsulate(skb, c, h, src, dst, ttl, whole))
 		return drop(COUNT_DROPPED_SEND);
@@ -816,15 +921,20 @@ static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
 	return 0;
 }
 
+static __always_inline int into(struct __sk_buff *skb, struct endpoint *to)
+{
+	count(COUNT_SHORTCUT);
+	bpf_skb_change_type(skb, 0 /* PACKET_HOST, not done for us before 6.15 */);
+	return bpf_redirect_peer(to->ifindex, 0);
+}
+
 /* Into the container of a local endpoint, past the bridge and port_out, whose
  * check it makes. from is the sender's subnets. */
 static __always_inline int enter(struct __sk_buff *skb, struct subnets *from, struct endpoint *to)
 {
 	if (!share_subnet(from, &to->subnets))
 		return drop(COUNT_DROPPED_ISOLATED);
-	count(COUNT_SHORTCUT);
-	bpf_skb_change_type(skb, 0 /* PACKET_HOST, not done for us before 6.15 */);
-	return bpf_redirect_peer(to->ifindex, 0);
+	return into(skb, to);
 }
 
 /* To the bridge, which sees everything come in by the VXLAN device. */
@@ -978,6 +1088,142 @@ int vxlan_in(struct __sk_buff *skb)
 		o.flags = key.tunnel_flags;
 	return receive_vxlan(skb, c, &o);
 }
+
+/* ---- frames that arrive by the direct way ----
+ *
+ * What is not of the plainest form, or not for a container here, is left to
+ * the VXLAN device. */
+
+static __always_inline __u8 inner_protocol(struct __sk_buff *skb, __be16 protocol)
+{
+	__u8 proto = 0;
+
+	if (protocol == bpf_htons(ETH_P_IP))
+		bpf_skb_load_bytes(skb, TUNNEL_END + 9, &proto, sizeof(proto));
+	else if (protocol == bpf_htons(ETH_P_IPV6))
+		bpf_skb_load_bytes(skb, TUNNEL_END + 6, &proto, sizeof(proto));
+	return proto;
+}
+
+/* Takes off what the frame travelled in and puts it into its container. */
+static __always_inline int enter_direct(struct __sk_buff *skb, struct cfg *c, struct ethhdr eth, __u32 neighbour)
+{
+	__u8 proto = inner_protocol(skb, eth.h_proto);
+	struct mac dst = {}, src = {};
+	__u64 flags = BPF_F_ADJ_ROOM_NO_CSUM_RESET;
+
+	/* A super-frame needs more than its headers taken off, and a TCP packet
+	 * must not overtake it. */
+	if (!proto || skb->gso_size || (proto == IPPROTO_TCP && !c->join_if))
+		return PASS;
+	if (eth.h_proto == bpf_htons(ETH_P_IPV6))
+		flags |= DECAP_L3_IPV6;
+	__builtin_memcpy(dst.b, eth.h_dest, ETH_ALEN);
+	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
+	if (!to || to->peer || !to->ifindex)
+		return PASS;
+	__builtin_memcpy(src.b, eth.h_source, ETH_ALEN);
+	struct endpoint *from = bpf_map_lookup_elem(&endpoints, &src);
+	if (!from || bpf_skb_adjust_room(skb, -(int)sizeof(struct tunnel), BPF_ADJ_ROOM_MAC, flags))
+		return PASS;
+	/* What a device says of checksums begins with the outer one. */
+	bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
+	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), BPF_F_INVALIDATE_HASH))
+		return drop(COUNT_DROPPED_SEND);
+	count_traffic(skb, neighbour, 1);
+	count(COUNT_RX);
+	count(COUNT_DIRECT_RX);
+	if (proto != IPPROTO_TCP)
+		return enter(skb, &from->subnets, to);
+	if (!share_subnet(&from->subnets, &to->subnets))
+		return drop(COUNT_DROPPED_ISOLATED);
+	return bpf_redirect(c->join_if, 0);
+}
+
+/* Sends a frame for another peer on, in the packet it came in. */
+static __always_inline int relay_direct(struct __sk_buff *skb, struct neighbour *from, struct iphdr ip, __be16 protocol,
+					__u32 neighbour, __u32 dst)
+{
+	struct hop *h = bpf_map_lookup_elem(&hops, &dst);
+	__u32 len = packet_len(skb, TUNNEL_END, protocol);
+
+	if (!h || h->kind != HOP_VXLAN4 || !h->uplink || ip.ttl <= 1 || !len || len > h->mtu ||
+	    (from->n == 1 && from->id[0] == h->via))
+		return PASS;
+	count_traffic(skb, neighbour, 1);
+	ip.ttl--;
+	ip.saddr = bpf_htonl(h->local[0]);
+	ip.daddr = bpf_htonl(h->remote[0]);
+	ip.check = 0;
+	ip.check = ip_checksum(&ip);
+	if (bpf_skb_store_bytes(skb, ETH_HLEN, &ip, sizeof(ip), 0))
+		return drop(COUNT_DROPPED_SEND);
+	count_traffic(skb, h->via, 0);
+	count(COUNT_RELAYED);
+	count(COUNT_DIRECT_RELAYED);
+	return leave(h);
+}
+
+static __always_inline int is_plain(struct tunnel *t, struct cfg *c)
+{
+	return t->ip.version == 4 && t->ip.ihl == 5 && t->ip.protocol == IPPROTO_UDP && !(t->ip.frag_off & ~DF) &&
+	       (t->ip.tos & CE) != CE && t->udp.dest == c->port && !t->udp.check && t->flags == VXLAN_FLAGS &&
+	       !is_zero_mac(t->frame.h_dest);
+}
+
+static __always_inline int receive_direct(struct __sk_buff *skb, struct cfg *c)
+{
+	struct tunnel t;
+	struct addr remote __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &t, sizeof(t)) || !is_plain(&t, c))
+		return PASS;
+	__u32 vni = bpf_ntohl(t.vni) >> 8, src = vni & SHORT_ID, dst = vni >> 12;
+	if (!src || !dst || src == c->self || !is_direct_on(c))
+		return PASS;
+	__builtin_memcpy(&remote.b[12], &t.ip.saddr, sizeof(t.ip.saddr));
+	struct neighbour *from = bpf_map_lookup_elem(&neighbours, &remote);
+	if (!from || from->uplink != skb->ifindex || from->local != t.ip.daddr)
+		return PASS;
+	__u32 neighbour = is_among(from, src) ? src : from->id[0];
+	if (dst == c->self)
+		return enter_direct(skb, c, t.frame, neighbour);
+	return relay_direct(skb, from, t.ip, t.frame.h_proto, neighbour, dst);
+}
+
+/* ingress of a device of the underlay: all that this host receives by it */
+SEC("tc")
+int uplink_in(struct __sk_buff *skb)
+{
+	struct cfg *c = get_config();
+	void *data = (void *)(long)*(volatile __u32 *)&skb->data;
+	void *end = (void *)(long)*(volatile __u32 *)&skb->data_end;
+	struct udphdr *udp = data + ETH_HLEN + sizeof(struct iphdr);
+
+	if (!c || skb->protocol != bpf_htons(ETH_P_IP) || skb->pkt_type || skb->vlan_present || (void *)(udp + 1) > end ||
+	    udp->dest != c->port)
+		return PASS;
+	return receive_direct(skb, c);
+}
+
+/* ingress of the device where joined frames come out. They were checked when
+ * they went in. */
+SEC("tc")
+int join_in(struct __sk_buff *skb)
+{
+	struct ethhdr *eth = header(skb, sizeof(*eth));
+	struct mac dst = {};
+
+	if (!eth)
+		return drop(COUNT_DROPPED_MALFORMED);
+	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
+	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
+	if (!to || to->peer || !to->ifindex)
+		return drop(COUNT_DROPPED_LOCAL);
+	return into(skb, to);
+}
+
+/* ---- frames that arrive by the TAP ---- */
 
 static __always_inline int receive_tap(struct __sk_buff *skb, struct cfg *c)
 {

@@ -24,11 +24,14 @@ type weaveBucket struct {
 }
 
 type weaveCfg struct {
-	_       structs.HostLayout
-	Self    uint32
-	VxlanIf uint32
-	TapIf   uint32
-	Flags   uint32
+	_           structs.HostLayout
+	Self        uint32
+	VxlanIf     uint32
+	TapIf       uint32
+	Flags       uint32
+	JoinIf      uint32
+	Port        uint32
+	DirectUntil uint64
 }
 
 type weaveCounter uint32
@@ -46,23 +49,26 @@ const (
 	weaveCounterCOUNT_PMTU                  weaveCounter = 9
 	weaveCounterCOUNT_TOO_BIG               weaveCounter = 10
 	weaveCounterCOUNT_SHORTCUT              weaveCounter = 11
-	weaveCounterCOUNT_ARP_ANSWERED          weaveCounter = 12
-	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 13
-	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 14
-	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 15
-	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 16
-	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 17
-	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 18
-	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 19
-	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 20
-	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 21
-	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 22
-	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 23
-	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 24
-	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 25
-	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 26
-	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 27
-	weaveCounterCOUNT_MAX                   weaveCounter = 28
+	weaveCounterCOUNT_DIRECT_TX             weaveCounter = 12
+	weaveCounterCOUNT_DIRECT_RX             weaveCounter = 13
+	weaveCounterCOUNT_DIRECT_RELAYED        weaveCounter = 14
+	weaveCounterCOUNT_ARP_ANSWERED          weaveCounter = 15
+	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 16
+	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 17
+	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 18
+	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 19
+	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 20
+	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 21
+	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 22
+	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 23
+	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 24
+	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 25
+	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 26
+	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 27
+	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 28
+	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 29
+	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 30
+	weaveCounterCOUNT_MAX                   weaveCounter = 31
 )
 
 type weaveEndpoint struct {
@@ -85,12 +91,14 @@ type weaveEvent struct {
 }
 
 type weaveHop struct {
-	_      structs.HostLayout
-	Kind   uint16
-	Via    uint16
-	Mtu    uint32
-	Remote [4]uint32
-	Local  [4]uint32
+	_       structs.HostLayout
+	Kind    uint16
+	Via     uint16
+	Mtu     uint32
+	Remote  [4]uint32
+	Local   [4]uint32
+	Uplink  uint32
+	Gateway uint32
 }
 
 type weaveHopKind uint32
@@ -108,9 +116,11 @@ type weaveMac struct {
 }
 
 type weaveNeighbour struct {
-	_  structs.HostLayout
-	N  uint16
-	Id [7]uint16
+	_      structs.HostLayout
+	N      uint16
+	Id     [7]uint16
+	Local  uint32
+	Uplink uint32
 }
 
 type weavePort struct {
@@ -156,10 +166,12 @@ const (
 	weaveMapPorts         = "ports"
 	weaveMapTraffics      = "traffics"
 	weaveMapTrees         = "trees"
+	weaveProgJoinIn       = "join_in"
 	weaveProgPortIn       = "port_in"
 	weaveProgPortOut      = "port_out"
 	weaveProgTapIn        = "tap_in"
 	weaveProgTestFeatures = "test_features"
+	weaveProgUplinkIn     = "uplink_in"
 	weaveProgVxlanIn      = "vxlan_in"
 	weaveProgVxlanOut     = "vxlan_out"
 	weaveVarCounterType   = "counter_type"
@@ -209,10 +221,12 @@ type weaveSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type weaveProgramSpecs struct {
+	JoinIn       *ebpf.ProgramSpec `ebpf:"join_in"`
 	PortIn       *ebpf.ProgramSpec `ebpf:"port_in"`
 	PortOut      *ebpf.ProgramSpec `ebpf:"port_out"`
 	TapIn        *ebpf.ProgramSpec `ebpf:"tap_in"`
 	TestFeatures *ebpf.ProgramSpec `ebpf:"test_features"`
+	UplinkIn     *ebpf.ProgramSpec `ebpf:"uplink_in"`
 	VxlanIn      *ebpf.ProgramSpec `ebpf:"vxlan_in"`
 	VxlanOut     *ebpf.ProgramSpec `ebpf:"vxlan_out"`
 }
@@ -305,20 +319,24 @@ type weaveVariables struct {
 //
 // It can be passed to loadWeaveObjects or ebpf.CollectionSpec.LoadAndAssign.
 type weavePrograms struct {
+	JoinIn       *ebpf.Program `ebpf:"join_in"`
 	PortIn       *ebpf.Program `ebpf:"port_in"`
 	PortOut      *ebpf.Program `ebpf:"port_out"`
 	TapIn        *ebpf.Program `ebpf:"tap_in"`
 	TestFeatures *ebpf.Program `ebpf:"test_features"`
+	UplinkIn     *ebpf.Program `ebpf:"uplink_in"`
 	VxlanIn      *ebpf.Program `ebpf:"vxlan_in"`
 	VxlanOut     *ebpf.Program `ebpf:"vxlan_out"`
 }
 
 func (p *weavePrograms) Close() error {
 	return _WeaveClose(
+		p.JoinIn,
 		p.PortIn,
 		p.PortOut,
 		p.TapIn,
 		p.TestFeatures,
+		p.UplinkIn,
 		p.VxlanIn,
 		p.VxlanOut,
 	)

@@ -9,6 +9,7 @@ import (
 
 	"weave.local/peer"
 	"weave.local/router/bpf"
+	"weave.local/router/netdev"
 	"weave.local/router/overlay"
 )
 
@@ -23,9 +24,10 @@ type tables struct {
 	warnings   []string // what does not fit
 }
 
-// desired translates the router's wishes. It does the same for the same
-// wishes, however their lists are ordered.
-func desired(f overlay.Forwarding) tables {
+// desired translates the router's wishes; routes are those neighbours that are
+// reached by the direct way. It does the same for the same wishes, however their
+// lists are ordered.
+func desired(f overlay.Forwarding, routes map[peer.ShortID]netdev.NextHop) tables {
 	t := tables{
 		neighbours: make(map[bpf.Addr]bpf.Neighbour, len(f.Neighbours)),
 		hops:       make(map[uint16]bpf.Hop, len(f.Hops)),
@@ -33,7 +35,7 @@ func desired(f overlay.Forwarding) tables {
 		endpoints:  make(map[bpf.MAC]bpf.Endpoint, len(f.Endpoints)),
 		addresses:  addressesOf(f.Endpoints),
 	}
-	known := t.addNeighbours(f.Neighbours)
+	known := t.addNeighbours(f.Neighbours, routes)
 	for dst, hop := range f.Hops {
 		h := bpf.Hop{Kind: bpf.KindSleeve, Via: uint16(hop.Via)}
 		if hop.Path == overlay.FastDP {
@@ -46,6 +48,7 @@ func desired(f overlay.Forwarding) tables {
 			if local := n.Local.Unmap(); usable(local) && local.Is4() == h.Remote.Is4() {
 				h.Local = local
 			}
+			h.Uplink, h.Gateway = direct(routes[hop.Via])
 		}
 		t.hops[uint16(dst)] = h
 	}
@@ -93,7 +96,7 @@ func addressesOf(list []overlay.Endpoint) map[bpf.Addr]bpf.MAC {
 }
 
 // addNeighbours returns those with an address that VXLAN can be sent to.
-func (t *tables) addNeighbours(list []overlay.Neighbour) map[peer.ShortID]overlay.Neighbour {
+func (t *tables) addNeighbours(list []overlay.Neighbour, routes map[peer.ShortID]netdev.NextHop) map[peer.ShortID]overlay.Neighbour {
 	list = slices.SortedFunc(slices.Values(list), func(a, b overlay.Neighbour) int {
 		return cmp.Compare(a.ShortID, b.ShortID)
 	})
@@ -110,6 +113,8 @@ func (t *tables) addNeighbours(list []overlay.Neighbour) map[peer.ShortID]overla
 			continue
 		}
 		v.ID[v.N] = uint16(n.ShortID)
+		v.Local = n.Local.Unmap()
+		v.Uplink, _ = direct(routes[n.ShortID])
 		v.N++
 		t.neighbours[key] = v
 	}
@@ -123,7 +128,6 @@ func (t *tables) warn(format string, args ...any) {
 // Apply makes the programs forward as f says. The tables gain what is new
 // before they lose what is old, so that frames are not lost on the way.
 func (d *DataPath) Apply(f overlay.Forwarding) error {
-	want := desired(f)
 	d.setNeighbours(f.Self, f.Neighbours, f.Partial)
 	select {
 	case d.applied <- struct{}{}:
@@ -131,6 +135,7 @@ func (d *DataPath) Apply(f overlay.Forwarding) error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	want := desired(f, d.routesLocked(f))
 	d.warnLocked(want.warnings)
 	d.setRemoteLocked(want, f.Partial)
 	changes, err := d.changesLocked(want)
@@ -201,6 +206,8 @@ func (d *DataPath) switchOverLocked() error {
 		return nil
 	}
 	d.deferred = false
+	d.uplinks = nil
+	d.lookAgain()
 	errs := []error{d.attach(d.vxlan, bpf.VXLANIn), d.attachTAP()}
 	for index := range d.ports {
 		if index != d.bridge {

@@ -100,12 +100,12 @@ func (d *DataPath) MTU(to peer.ShortID) int {
 	if !usable(local) {
 		local = netip.Addr{}
 	}
-	mtu, err := netdev.RouteMTU(n.Remote, local)
+	hop, err := netdev.NextHopTo(n.Remote, local)
 	if err != nil {
 		d.log.Debug("no MTU", "neighbour", n.Name, "error", err)
 		return 0
 	}
-	return mtu - overhead(n.Remote)
+	return hop.MTU - overhead(n.Remote)
 }
 
 // pinDirMode keeps pins to root.

@@ -70,7 +70,8 @@ type Config struct {
 	// frames are in force, which would be passed by, too.
 	NoShortcut bool
 
-	noTCX bool // for tests: as on a kernel without it
+	noTCX     bool          // for tests: as on a kernel without it
+	directFor time.Duration // for tests: how long the programs take the direct way without hearing from us; 0: as ever
 }
 
 // DataPath is the fast path. It implements overlay.Switch.
@@ -81,7 +82,8 @@ type DataPath struct {
 	bridge int // interface indices
 	vxlan  int
 
-	applied chan struct{} // tells Run that there was an Apply
+	applied  chan struct{} // tells Run that there was an Apply
+	rerouted chan struct{} // and that the direct ways may have changed
 
 	// mu orders writers of kernel state and is therefore held over the
 	// system calls that write it, none of which waits for anything. It
@@ -94,6 +96,10 @@ type DataPath struct {
 	remote   map[bpf.MAC]bpf.Endpoint // as announced, including those that a local port overrides
 	holders  map[bpf.Addr]bpf.MAC     // of addresses, likewise
 	told     map[string]bool          // warnings given
+	ends     map[peer.ShortID]ends    // underlay addresses of this host and of each neighbour
+	routes   map[ends]netdev.NextHop  // direct ways; zero where there is none
+	uplinks  map[int]bool             // devices of the underlay that have our program
+	indirect string                   // why no neighbour is reached by the direct way, "" when some are or may be
 	barred   string                   // why frames do not go past the bridge, "" when they do
 	checked  time.Time                // when that was found out
 
@@ -118,7 +124,10 @@ func New(cfg Config) (*DataPath, error) {
 		remote:     make(map[bpf.MAC]bpf.Endpoint),
 		holders:    make(map[bpf.Addr]bpf.MAC),
 		told:       make(map[string]bool),
+		ends:       make(map[peer.ShortID]ends),
+		routes:     make(map[ends]netdev.NextHop),
 		applied:    make(chan struct{}, 1),
+		rerouted:   make(chan struct{}, 1),
 		neighbours: make(map[peer.ShortID]overlay.Neighbour),
 		sockets:    make(map[peer.ShortID]*socket),
 	}
@@ -346,11 +355,12 @@ func (d *DataPath) Traffic() (map[peer.ShortID]bpf.Traffic, error) {
 	return all, nil
 }
 
-// Run passes arriving probes on, and watches for rules that concern bridged
-// frames, until ctx ends.
+// Run passes arriving probes on, watches for rules that concern bridged
+// frames, and keeps the direct ways, until ctx ends.
 func (d *DataPath) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.watchRules(ctx) })
+	g.Go(func() error { return d.keepDirect(ctx) })
 	g.Go(func() error {
 		return d.objs.ReadProbes(ctx, func(p bpf.Probe) {
 			if d.cfg.OnProbe != nil {
@@ -362,13 +372,18 @@ func (d *DataPath) Run(ctx context.Context) error {
 }
 
 // Close lets go of the kernel's objects, to be called after Run has ended.
-// Forwarding goes on.
+// Forwarding goes on, but no longer by the direct way.
 func (d *DataPath) Close() error {
+	d.mu.Lock()
+	c := d.config
+	c.DirectUntil = 0
+	err := d.setConfigLocked(c)
+	d.mu.Unlock()
 	d.sendMu.Lock()
 	sockets := d.sockets
 	d.sockets = make(map[peer.ShortID]*socket)
 	d.sendMu.Unlock()
-	var errs []error
+	errs := []error{err}
 	for _, s := range sockets {
 		errs = append(errs, s.conn.Close())
 	}
@@ -383,7 +398,7 @@ func Remove(cfg Config) error {
 	// The devices first: containers are never on a bridge that does not
 	// isolate them.
 	errs = append(errs, removeVXLANs(cfg.Bridge), netdev.DeleteLink(vxlanName(cfg.Port)),
-		netdev.DeleteLink(cfg.Bridge), detachAllFilters())
+		netdev.DeleteLink(cfg.Bridge), netdev.DeleteLink(joinerIn), detachAllFilters())
 	if isBPF(cfg.PinDir) {
 		errs = append(errs, bpf.DetachAll(cfg.PinDir))
 	}

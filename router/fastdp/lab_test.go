@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -136,6 +137,7 @@ type host struct {
 	containers []*container
 	ipv6       bool                 // is the underlay
 	proven     map[peer.ShortID]int // MTU by neighbour
+	direct     bool                 // frames take the direct way
 }
 
 func (h *host) addr() netip.Addr {
@@ -185,7 +187,7 @@ func started(t *testing.T, id peer.ShortID) *host {
 func startedWith(t *testing.T, id peer.ShortID, k kind) *host {
 	t.Helper()
 	h := newHost(t, id)
-	h.ipv6, h.cfg.NoShortcut = k.ipv6, k.bridged
+	h.ipv6, h.direct, h.cfg.NoShortcut, h.cfg.directFor = k.ipv6, k.direct, k.bridged, time.Hour
 	t.Cleanup(h.remove)
 	h.start()
 	return h
@@ -248,6 +250,14 @@ func (h *host) container(cidr string) *container {
 	return c
 }
 
+// prove has a host know what a cable carries to its neighbour.
+func (h *host) prove(to *host, mtu int) {
+	if h.proven == nil {
+		h.proven = make(map[peer.ShortID]int)
+	}
+	h.proven[to.id] = mtu - overhead(to.addr())
+}
+
 // line is hosts of which each has a cable to the next.
 type line []*host
 
@@ -260,12 +270,14 @@ func newLine(t *testing.T, mtus ...int) line {
 type kind struct {
 	ipv6    bool // is the underlay
 	bridged bool // no frame goes past the bridge
+	direct  bool // frames go past the VXLAN device, too
 }
 
-// eachWay tests both ways that frames take: past the bridge and through it.
+// eachWay tests all ways that frames take: through the bridge, past it, and
+// past the IP stack of their host as well.
 func eachWay(t *testing.T, f func(t *testing.T, k kind)) {
 	t.Helper()
-	for name, k := range map[string]kind{"shortcut": {}, "bridged": {bridged: true}} {
+	for name, k := range map[string]kind{"shortcut": {}, "bridged": {bridged: true}, "direct": {direct: true}} {
 		t.Run(name, func(t *testing.T) { f(t, k) })
 	}
 }
@@ -277,6 +289,11 @@ func (l line) checkWay(k kind) {
 		if n := h.counter("shortcut"); (n == 0) != k.bridged && len(h.containers) > 0 {
 			h.t.Errorf("host %d: %d frames went past the bridge", h.id, n)
 		}
+		for _, name := range []string{"direct_tx", "direct_rx"} {
+			if n := h.counter(name); (n == 0) == k.direct && len(h.containers) > 0 {
+				h.t.Errorf("host %d: %s is %d", h.id, name, n)
+			}
+		}
 	}
 }
 
@@ -286,6 +303,10 @@ func newLineOf(t *testing.T, k kind, mtus ...int) line {
 	for i, mtu := range mtus {
 		l = append(l, startedWith(t, peer.ShortID(i+2), k))
 		join(l[i], l[i+1], mtu)
+		if k.direct { // only what is proven to arrive whole takes that way
+			l[i].prove(l[i+1], mtu)
+			l[i+1].prove(l[i], mtu)
+		}
 	}
 	return l
 }
@@ -332,6 +353,9 @@ func (l line) apply(path func(a, b int) string) {
 	l[0].t.Helper()
 	for i, h := range l {
 		h.must(func() error { return errors.Join(h.dp.Apply(l.forwarding(i, path)), h.dp.refreshRules()) })
+		if h.direct {
+			h.must(func() error { return errors.Join(h.dp.refreshDirect(), h.dp.extendDirect()) })
+		}
 	}
 }
 

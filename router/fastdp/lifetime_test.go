@@ -375,7 +375,7 @@ func TestNeighbourWithoutAddress(t *testing.T) {
 		Neighbours: []overlay.Neighbour{{Info: peer.Info{ShortID: 2}, Remote: netip.MustParseAddr("fe80::2%eth0")}},
 		Hops:       map[peer.ShortID]overlay.Hop{2: {Via: 2, Path: overlay.FastDP}, 3: {Via: 2, Path: overlay.Sleeve}},
 	}
-	want := desired(f)
+	want := desired(f, nil)
 	if len(want.hops) != 1 || len(want.neighbours) != 0 || len(want.warnings) != 1 {
 		t.Errorf("%+v", want)
 	}

@@ -117,3 +117,31 @@ func TrafficControl(devices []int, allowClsact bool) (index int, kind string, er
 	}
 	return 0, "", nil
 }
+
+// IngressFilters is the kind of queueing discipline with which something
+// filters what a device receives, "" when nothing does.
+func IngressFilters(index int) (string, error) {
+	list, err := netlink.QdiscList(nil)
+	if err != nil {
+		return "", fmt.Errorf("list queueing disciplines: %w", err)
+	}
+	for _, q := range list {
+		if kind := q.Type(); q.Attrs().LinkIndex == index && (kind == "ingress" || kind == "clsact") {
+			return kind, nil
+		}
+	}
+	return "", nil
+}
+
+// HasIPsecPolicies says whether packets of this network namespace may have to
+// be encrypted by IPsec (RFC 4301), which is decided for each by its addresses.
+func HasIPsecPolicies() (bool, error) {
+	list, err := netlink.XfrmPolicyList(netlink.FAMILY_ALL)
+	switch {
+	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):
+		return false, nil // the kernel has none
+	case err != nil:
+		return false, fmt.Errorf("list IPsec policies: %w", err)
+	}
+	return len(list) > 0, nil
+}

@@ -176,3 +176,45 @@ func hasGlobalAddr(l netlink.Link) bool {
 		return prefix(a.IPNet).Addr().IsGlobalUnicast()
 	})
 }
+
+// NextHop is the way out of this host to an address of the underlay.
+type NextHop struct {
+	Dev     int        // index of the device
+	Gateway netip.Addr // on the device's link; the address itself when that is on it
+	Source  netip.Addr // that packets are sent from
+	MTU     int        // bytes: of the route where it has one of its own, else of the device
+	Ether   bool       // the device is an Ethernet one, and none that leads back into this host
+}
+
+// NextHopTo finds the way that packets from local, which may be the zero Addr,
+// take to remote.
+func NextHopTo(remote, local netip.Addr) (NextHop, error) {
+	opts := &netlink.RouteGetOptions{}
+	if local.IsValid() {
+		opts.SrcAddr = local.Unmap().AsSlice()
+	}
+	found, err := netlink.RouteGetWithOptions(remote.Unmap().AsSlice(), opts)
+	if err != nil {
+		return NextHop{}, fmt.Errorf("route to %s: %w", remote, err)
+	}
+	if len(found) == 0 {
+		return NextHop{}, fmt.Errorf("route to %s: none", remote)
+	}
+	l, err := netlink.LinkByIndex(found[0].LinkIndex)
+	if err != nil {
+		return NextHop{}, fmt.Errorf("device of the route to %s: %w", remote, err)
+	}
+	a := l.Attrs()
+	hop := NextHop{Dev: a.Index, Gateway: remote.Unmap(), MTU: found[0].MTU}
+	if hop.MTU == 0 {
+		hop.MTU = a.MTU
+	}
+	if gateway, ok := netip.AddrFromSlice(found[0].Gw); ok {
+		hop.Gateway = gateway.Unmap()
+	}
+	if source, ok := netip.AddrFromSlice(found[0].Src); ok {
+		hop.Source = source.Unmap()
+	}
+	hop.Ether = a.EncapType == "ether" && a.Flags&net.FlagLoopback == 0
+	return hop, nil
+}

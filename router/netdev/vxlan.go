@@ -3,7 +3,6 @@ package netdev
 import (
 	"errors"
 	"fmt"
-	"net/netip"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -66,28 +65,4 @@ func createVXLAN(name string, port int) (netlink.Link, error) {
 		return nil, fmt.Errorf("device %s: %w", name, err)
 	}
 	return l, nil
-}
-
-// RouteMTU is the MTU in bytes of the route to remote, where it has one of
-// its own, or of the device it leaves by. local may be the zero Addr.
-func RouteMTU(remote, local netip.Addr) (int, error) {
-	opts := &netlink.RouteGetOptions{}
-	if local.IsValid() {
-		opts.SrcAddr = local.Unmap().AsSlice()
-	}
-	routes, err := netlink.RouteGetWithOptions(remote.Unmap().AsSlice(), opts)
-	if err != nil {
-		return 0, fmt.Errorf("route to %s: %w", remote, err)
-	}
-	if len(routes) == 0 {
-		return 0, fmt.Errorf("route to %s: none", remote)
-	}
-	if routes[0].MTU > 0 {
-		return routes[0].MTU, nil
-	}
-	l, err := netlink.LinkByIndex(routes[0].LinkIndex)
-	if err != nil {
-		return 0, fmt.Errorf("device of the route to %s: %w", remote, err)
-	}
-	return l.Attrs().MTU, nil
 }

@@ -2,9 +2,11 @@ package netdev
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -64,5 +66,34 @@ func watchEnd(ctx context.Context, broken <-chan error) error {
 		return fmt.Errorf("watch devices: %w", err)
 	default:
 		return fmt.Errorf("watch devices: ended by the kernel")
+	}
+}
+
+// WatchRoutes calls changed, which may not block, when the routes that IPv4
+// packets take may have changed: with routes, rules, addresses or devices; and
+// once in the beginning, from which moment on no change is missed. It goes on
+// until ctx ends or the watch breaks.
+func WatchRoutes(ctx context.Context, changed func()) error {
+	s, err := nl.Subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV4_RULE)
+	if err != nil {
+		return fmt.Errorf("watch routes: %w", err)
+	}
+	stop := context.AfterFunc(ctx, s.Close) // wakes Receive
+	defer func() {
+		if stop() {
+			s.Close()
+		}
+	}()
+	changed()
+	for {
+		_, _, err := s.Receive()
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil && !errors.Is(err, unix.ENOBUFS): // which says that some were lost
+			return fmt.Errorf("watch routes: %w", err)
+		}
+		changed()
 	}
 }

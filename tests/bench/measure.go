@@ -120,7 +120,7 @@ func (s *scene) stillThere(ctx context.Context) error {
 // serve starts what answers at the far end of a path and makes sure that the
 // path carries packets.
 func (s *scene) serve(ctx context.Context, p path) (stop func(), err error) {
-	args := p.to.command("iperf3", "-s")
+	args := p.to.commandOn(receiverCPU(), "iperf3", "-s")
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	if err := p.to.host.Start(cmd); err != nil {
 		return nil, fmt.Errorf("iperf3: %w", err)
@@ -178,7 +178,7 @@ func (s *scene) tcp(ctx context.Context, p path, streams, seconds int) (map[stri
 	}
 	// The kernel's default congestion control, whatever this machine's is: BBR
 	// paces by latency, and the rounds then scatter by more than paths differ.
-	r := p.from.host.Run(ctx, p.from.command("iperf3", "-J", "-C", "cubic", "-c", p.to.addr.String(),
+	r := p.from.host.Run(ctx, p.from.commandOn(senderCPU, "iperf3", "-J", "-C", "cubic", "-c", p.to.addr.String(),
 		"-t", strconv.Itoa(seconds), "-P", strconv.Itoa(streams))...)
 	after, errAfter := busyTime()
 	if errAfter != nil {
@@ -279,7 +279,11 @@ func (s *scene) pair(ctx context.Context, p path, receiver, sender string, secon
 	if err != nil {
 		return t, err
 	}
-	args := p.to.command(self, agentWord, receiver)
+	cpu := senderCPU
+	if receiver == "sink" {
+		cpu = receiverCPU()
+	}
+	args := p.to.commandOn(cpu, self, agentWord, receiver)
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	var said bytes.Buffer
 	cmd.Stderr = &said
@@ -299,7 +303,7 @@ func (s *scene) pair(ctx context.Context, p path, receiver, sender string, secon
 		_ = in.Close()
 		return t, fmt.Errorf("%s: %w: %s", receiver, cmd.Wait(), said.String())
 	}
-	r := p.from.host.Run(ctx, p.from.command(self, agentWord, sender, p.to.addr.String(), strconv.FormatFloat(seconds, 'f', -1, 64))...)
+	r := p.from.host.Run(ctx, p.from.commandOn(senderCPU, self, agentWord, sender, p.to.addr.String(), strconv.FormatFloat(seconds, 'f', -1, 64))...)
 	_ = in.Close()
 	lines.Scan()
 	last := slices.Clone(lines.Bytes())

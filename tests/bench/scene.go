@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -38,6 +39,19 @@ func (e end) command(args ...string) []string {
 	}
 	return append([]string{"nsenter", "--net=" + e.netns, "--"}, args...)
 }
+
+// commandOn is command on one processor.
+func (e end) commandOn(cpu int, args ...string) []string {
+	return append([]string{"taskset", "-c", strconv.Itoa(cpu)}, e.command(args...)...)
+}
+
+// The processors of both ends. Where the scheduler puts them decides more than
+// the path does, so it is not left to chance: what streams has one processor
+// for each end, and what waits for answers has both ends on one, since waking
+// an idle processor of a virtual machine takes longer than the whole way.
+const senderCPU = 0
+
+func receiverCPU() int { return runtime.NumCPU() - 1 }
 
 // path is a way of packets from one end to another.
 type path struct {

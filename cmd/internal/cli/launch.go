@@ -95,6 +95,7 @@ func (f *launchFlags) register(c *cobra.Command) {
 	fs.IntVar(&f.cfg.ConnLimit, "conn-limit", 200, "links at most; 0 for no limit")
 	fs.IntVar(&f.cfg.MTU, "mtu", envInt("WEAVE_MTU", 0), "MTU of containers in bytes (default: what the underlay leaves room for)")
 	fs.BoolVar(&f.cfg.NoFastDP, "no-fastdp", os.Getenv("WEAVE_NO_FASTDP") != "", "use only the userspace data path")
+	fs.BoolVar(&f.cfg.NoShortcut, "no-shortcut", os.Getenv("WEAVE_NO_SHORTCUT") != "", "let all frames pass the bridge and the host's IP stack, for rules that must see each")
 	fs.StringVar(&f.rng, "ipalloc-range", daemon.DefaultRange, `range to allocate addresses from; "" for none`)
 	fs.StringVar(&f.subnet, "ipalloc-default-subnet", "", "subnet of those who name none (default: the range)")
 	fs.StringVar(&f.init, "ipalloc-init", "", "how the range is first shared: consensus[=peers], seed=name,..., observer (default: consensus of the peers named and this one)")

@@ -25,7 +25,7 @@ func HasState(dataDir string) bool {
 func (d *daemon) fastdpConfig() fastdp.Config {
 	cfg := fastdp.Config{
 		Bridge: bridgeName, MAC: d.self.Name.MAC(), Port: d.cfg.Port + 1, PinDir: d.cfg.run(pinDir),
-		MTU: d.mtu, TapName: tapName, Log: d.log.With("part", "fastdp"),
+		MTU: d.mtu, TapName: tapName, NoShortcut: d.cfg.NoShortcut, Log: d.log.With("part", "fastdp"),
 	}
 	if d.router != nil {
 		cfg.OnProbe = d.router.Probed

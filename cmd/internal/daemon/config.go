@@ -64,6 +64,9 @@ type Config struct {
 
 	MTU      int // of containers, bytes; 0: found by itself
 	NoFastDP bool
+	// NoShortcut lets all frames pass the bridge and the host's IP stack,
+	// where rules of the host see them.
+	NoShortcut bool
 
 	Range         netip.Prefix // invalid: no allocation
 	DefaultSubnet netip.Prefix // invalid: Range

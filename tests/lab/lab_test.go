@@ -106,6 +106,7 @@ func TestHostsOnASwitch(t *testing.T) {
 	if got := must2(t, "ip", "-o", "link"); got != before {
 		t.Errorf("devices of the machine:\n%s\nbefore:\n%s", got, before)
 	}
+	testSwitchIsBare(t, l)
 
 	t.Run("cut", func(t *testing.T) {
 		if err := l.Cut(t.Context(), u2, u3); err != nil {
@@ -164,6 +165,28 @@ func must2(t *testing.T, args ...string) string {
 		t.Fatal(err)
 	}
 	return string(out)
+}
+
+// testSwitchIsBare looks at the settings of br_netfilter, where it is loaded:
+// they are off in the switch.
+func testSwitchIsBare(t *testing.T, l *Lab) {
+	const pattern = "/proc/sys/net/bridge/bridge-nf-call-*"
+	machine, _ := filepath.Glob(pattern)
+	err := enter([]string{l.sw.ns("net")}, func() error {
+		files, err := filepath.Glob(pattern)
+		if err == nil && len(files) != len(machine) {
+			err = fmt.Errorf("settings %v, on the machine %v", files, machine)
+		}
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err != nil || string(b) != "0\n" {
+				return fmt.Errorf("%s of the switch is %q, %v", f, b, err)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
 }
 
 // testBlock sends datagrams to a port that is open, blocked, and open again.

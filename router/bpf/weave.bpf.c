@@ -29,6 +29,9 @@
 //	C-tag (802.1Q):  bits 0-11 destination (0 when flooded),
 //	                 bits 12-13 hop limit bits 0-1, bit 15 flooded
 //
+// A frame larger than its hop is proven to carry becomes an ICMP error to its
+// sender, before it is encapsulated.
+//
 // A frame with both Ethernet addresses zero is a probe: never forwarded, its
 // token and size are handed to the daemon.
 //
@@ -484,8 +487,7 @@ static __always_inline int may_answer4(struct error4 *e)
 {
 	__u8 first = bpf_ntohl(e->ip.saddr) >> 24;
 
-	return first && first != 127 && first < 224 &&
-	       bpf_ntohl(e->ip.daddr) >> 28 != 14;
+	return first && first != 127 && first < 224 && bpf_ntohl(e->ip.daddr) >> 28 != 14;
 }
 
 static __always_inline int may_answer6(struct error6 *e)

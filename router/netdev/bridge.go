@@ -146,7 +146,7 @@ func DeviceByIndex(index int) (Device, error) {
 
 // Devices lists all devices.
 func Devices() ([]Device, error) {
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}

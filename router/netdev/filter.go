@@ -58,7 +58,7 @@ func findFilter(index int, egress bool, name string) (netlink.Filter, error) {
 	if err != nil {
 		return nil, fmt.Errorf("device %d: %w", index, err)
 	}
-	filters, err := netlink.FilterList(l, filterParent(egress))
+	filters, err := whole(func() ([]netlink.Filter, error) { return netlink.FilterList(l, filterParent(egress)) })
 	if err != nil {
 		return nil, nil //nolint:nilerr // there is no clsact on the device
 	}
@@ -77,7 +77,7 @@ func DetachFilter(index int, egress bool, name string) error {
 	if f == nil || err != nil {
 		return nil //nolint:nilerr // the device is gone, and all with it
 	}
-	if err := netlink.FilterDel(f); err != nil {
+	if err := netlink.FilterDel(f); err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("remove filter %s from device %d: %w", name, index, err)
 	}
 	l, err := netlink.LinkByIndex(index)
@@ -85,12 +85,12 @@ func DetachFilter(index int, egress bool, name string) error {
 		return nil //nolint:nilerr // gone meanwhile
 	}
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		left, err := netlink.FilterList(l, parent)
+		left, err := whole(func() ([]netlink.Filter, error) { return netlink.FilterList(l, parent) })
 		if err != nil || len(left) > 0 {
 			return nil //nolint:nilerr // others use it
 		}
 	}
-	if err := netlink.QdiscDel(clsactOf(index)); err != nil {
+	if err := netlink.QdiscDel(clsactOf(index)); err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("remove clsact from device %d: %w", index, err)
 	}
 	return nil

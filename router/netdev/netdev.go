@@ -182,6 +182,21 @@ func link(name string) (netlink.Link, error) {
 	return l, nil
 }
 
+// dumpTries is how often a list is asked for that changes while the kernel
+// writes it.
+const dumpTries = 20
+
+// whole is what list returns, asked for again while the kernel says that it
+// changed meanwhile and may lack something.
+func whole[T any](list func() ([]T, error)) (out []T, err error) {
+	for range dumpTries {
+		if out, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return out, err
+}
+
 // SetSysctl writes one setting below /proc/sys/net; a kernel that does not
 // have it is no error.
 func SetSysctl(setting, value string) error {

@@ -104,7 +104,7 @@ func PacketRulesSeeFrames(bridge string) bool {
 // with its kind; 0 when none has. clsact, which only holds filters, counts
 // unless allowed.
 func TrafficControl(devices []int, allowClsact bool) (index int, kind string, err error) {
-	list, err := netlink.QdiscList(nil)
+	list, err := whole(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
 		return 0, "", fmt.Errorf("list queueing disciplines: %w", err)
 	}
@@ -121,7 +121,7 @@ func TrafficControl(devices []int, allowClsact bool) (index int, kind string, er
 // IngressFilters is the kind of queueing discipline with which something
 // filters what a device receives, "" when nothing does.
 func IngressFilters(index int) (string, error) {
-	list, err := netlink.QdiscList(nil)
+	list, err := whole(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
 		return "", fmt.Errorf("list queueing disciplines: %w", err)
 	}
@@ -136,7 +136,7 @@ func IngressFilters(index int) (string, error) {
 // HasIPsecPolicies says whether packets of this network namespace may have to
 // be encrypted by IPsec (RFC 4301), which is decided for each by its addresses.
 func HasIPsecPolicies() (bool, error) {
-	list, err := netlink.XfrmPolicyList(netlink.FAMILY_ALL)
+	list, err := whole(func() ([]netlink.XfrmPolicy, error) { return netlink.XfrmPolicyList(netlink.FAMILY_ALL) })
 	switch {
 	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EOPNOTSUPP):
 		return false, nil // the kernel has none

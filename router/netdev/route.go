@@ -84,7 +84,7 @@ func freeWithin(private netip.Prefix, bits int, taken []Route) (netip.Prefix, bo
 
 // routes lists the main table without default routes.
 func routes(family int) ([]Route, error) {
-	list, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	list, err := mainRoutes(family)
 	if err != nil {
 		return nil, fmt.Errorf("list routes: %w", err)
 	}
@@ -125,11 +125,11 @@ func deviceNames() (map[int]string, error) {
 // none, those with global addresses other than bridges and their ports. It is
 // 1500 when there is no such device. Devices named in ignore are left out.
 func DefaultUnderlayMTU(ignore ...string) (int, error) {
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	routes, err := mainRoutes(netlink.FAMILY_ALL)
 	if err != nil {
 		return 0, fmt.Errorf("list routes: %w", err)
 	}
-	links, err := netlink.LinkList()
+	links, err := whole(netlink.LinkList)
 	if err != nil {
 		return 0, fmt.Errorf("list devices: %w", err)
 	}
@@ -171,7 +171,7 @@ func smallestMTU(links []netlink.Link, want func(netlink.Link) bool) int {
 }
 
 func hasGlobalAddr(l netlink.Link) bool {
-	addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+	addrs, err := whole(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 	return err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
 		return prefix(a.IPNet).Addr().IsGlobalUnicast()
 	})
@@ -217,4 +217,11 @@ func NextHopTo(remote, local netip.Addr) (NextHop, error) {
 	}
 	hop.Ether = a.EncapType == "ether" && a.Flags&net.FlagLoopback == 0
 	return hop, nil
+}
+
+// mainRoutes lists the main routing table of a family.
+func mainRoutes(family int) ([]netlink.Route, error) {
+	return whole(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
 }

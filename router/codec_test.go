@@ -3,6 +3,7 @@ package router
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 
 	"weave.local/router/overlay"
@@ -36,15 +37,23 @@ func TestMessageRoundTrip(t *testing.T) {
 	if err != nil || m.typ != typeAnswer || m.path != overlay.Sleeve || m.token != 0x1122334455667788 {
 		t.Errorf("answer: %+v %v", m, err)
 	}
-	m, err = parseMessage(append(report(6), "a later field"...))
-	if err != nil || m.typ != typeReport || m.health != 6 {
+	m, err = parseMessage(append(report(6, "no BPF\x1b"), "a later field"...))
+	if err != nil || m.typ != typeReport || m.health != 6 || m.lacks != "no BPF" {
 		t.Errorf("report: %+v %v", m, err)
+	}
+	m, err = parseMessage(report(6, "")[:3]) // of a peer that knows of no more
+	if err != nil || m.health != 6 || m.lacks != "" {
+		t.Errorf("short report: %+v %v", m, err)
+	}
+	long := strings.Repeat("x", 1000)
+	if m, err = parseMessage(report(6, long)); err != nil || m.lacks != long[:maxLacks] {
+		t.Errorf("long report: %+v %v", m, err)
 	}
 }
 
 func FuzzParseMessage(f *testing.F) {
 	f.Add(answer(overlay.FastDP, 1))
-	f.Add(report(2))
+	f.Add(report(2, "words"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := parseMessage(b)
 		if err == nil && m.typ == typeAnswer && m.path == "" {

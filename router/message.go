@@ -3,6 +3,8 @@ package router
 import (
 	"encoding/binary"
 	"errors"
+	"strings"
+	"unicode"
 
 	"weave.local/router/overlay"
 )
@@ -13,7 +15,9 @@ import (
 //	1 byte  version (1)
 //	1 byte  type: 1 answer to a probe, 2 report
 //	answer: 1 byte path (1 fastdp, 2 sleeve), 8 bytes token
-//	report: 1 byte, bit n set when frames of the sender arrive over path n
+//	report: 1 byte, bit n set when frames of the sender arrive over path n;
+//	        then, of a sender that has no fast path at all, what it lacks: 1 byte
+//	        length, text
 //
 // Longer messages are accepted and their tails ignored, so that fields can be
 // added.
@@ -51,6 +55,7 @@ type message struct {
 	path   string // of an answer
 	token  uint64 // of an answer
 	health byte   // of a report
+	lacks  string // of a report: why the sender has no fast path, "" when it has
 }
 
 func answer(path string, token uint64) []byte {
@@ -58,7 +63,27 @@ func answer(path string, token uint64) []byte {
 	return binary.BigEndian.AppendUint64(b, token)
 }
 
-func report(health byte) []byte { return []byte{messageVersion, typeReport, health} }
+// maxLacks is how much of the text of a report is sent, in bytes.
+const maxLacks = 200
+
+func report(health byte, lacks string) []byte {
+	n := min(len(lacks), maxLacks)
+	return append([]byte{messageVersion, typeReport, health, byte(n)}, lacks[:n]...)
+}
+
+// plainText is the text in b behind its length, without what must not be shown
+// to a user whoever it came from.
+func plainText(b []byte) string {
+	if len(b) == 0 {
+		return ""
+	}
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return -1
+	}, string(b[1:min(len(b), 1+int(b[0]))]))
+}
 
 func parseMessage(b []byte) (message, error) {
 	bad := errors.New("malformed router message")
@@ -73,7 +98,7 @@ func parseMessage(b []byte) (message, error) {
 		m.token = binary.BigEndian.Uint64(b[3:])
 		return m, nil
 	case typeReport:
-		m.health = b[2]
+		m.health, m.lacks = b[2], plainText(b[3:])
 		return m, nil
 	}
 	return message{}, bad

@@ -87,6 +87,8 @@ type pathState struct {
 	sendErr   string
 	reason    string // why the path is not up
 	barred    string // why it must not be used at all; empty when it may
+	absent    string // what this host lacks to have the path; empty when it has it
+	peerLacks string // the same of the other host, as that says
 }
 
 func newPathState(name string, now time.Time) *pathState {
@@ -113,6 +115,8 @@ func (p *pathState) why() string {
 		return p.barred
 	case !p.up && p.sendErr != "":
 		return p.sendErr
+	case !p.up && p.peerLacks != "":
+		return "no fast path on that host: " + p.peerLacks
 	case !p.up:
 		return p.reason
 	case !p.peerUp:

@@ -1,6 +1,7 @@
 package router
 
 import (
+	"cmp"
 	"errors"
 	"time"
 
@@ -143,6 +144,9 @@ func (r *Router) probeRefused(d dueProbe, err error) {
 		p.refused(d.size, tooBig.MTU, nil)
 		return
 	}
+	if absent := (*overlay.AbsentError)(nil); errors.As(err, &absent) {
+		p.absent = absent.Why.Error()
+	}
 	p.refused(d.size, 0, err)
 }
 
@@ -152,12 +156,15 @@ func (r *Router) report(now time.Time) {
 	type note struct {
 		to     peer.Name
 		health byte
+		lacks  string
 	}
 	var notes []note
 	r.mu.Lock()
 	for name, n := range r.neighbours {
 		var health byte
+		var lacks string
 		for _, p := range n.paths {
+			lacks = cmp.Or(lacks, p.absent)
 			if p.up {
 				health |= 1 << pathCode(p.name)
 			}
@@ -166,11 +173,11 @@ func (r *Router) report(now time.Time) {
 			continue
 		}
 		n.told, n.reported = health, now
-		notes = append(notes, note{to: name, health: health})
+		notes = append(notes, note{to: name, health: health, lacks: lacks})
 	}
 	r.mu.Unlock()
 	for _, n := range notes {
-		r.send(n.to, report(n.health))
+		r.send(n.to, report(n.health, n.lacks))
 	}
 }
 
@@ -192,6 +199,9 @@ func (r *Router) receive(from peer.Name, b []byte) {
 		switch {
 		case m.typ == typeReport:
 			p.peerUp = m.health&(1<<pathCode(p.name)) != 0
+			if p.name == overlay.FastDP {
+				p.peerLacks = m.lacks
+			}
 		case p.name == m.path:
 			p.ack(m.token, now)
 		}

@@ -35,7 +35,7 @@ func floors() [][]string {
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"router/overlay/overlaytest"},
 		{"peer/gossip", "router/fastdp", "router/sleeve"},
-		{"ipam", "router"},
+		{"ipam", "router", "router/userdp"},
 		{"router/attach"},
 		{"proxy", "plugin", "cmd/internal/api"},
 		{"cmd/internal/daemon"},

@@ -24,6 +24,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/rlimit"
 )
 
@@ -57,8 +58,12 @@ type Objects struct {
 // Open loads the programs with their maps pinned below dir, a BPF file
 // system: maps of the same layout are adopted with their content, else made.
 func Open(dir string) (*Objects, error) {
-	if err := rlimit.RemoveMemlock(); err != nil { // needed before Linux 5.11
-		return nil, fmt.Errorf("memory limit for BPF maps: %w", err)
+	limit := rlimit.RemoveMemlock() // needed before Linux 5.11
+	if err := features.HaveProgramType(ebpf.SchedCLS); err != nil {
+		return nil, fmt.Errorf("the kernel lets us have no BPF programs: %w", err)
+	}
+	if limit != nil {
+		return nil, fmt.Errorf("memory limit for BPF maps: %w", limit)
 	}
 	spec, err := loadWeave()
 	if err != nil {

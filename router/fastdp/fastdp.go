@@ -390,6 +390,10 @@ func (d *DataPath) Close() error {
 	return errors.Join(append(errs, d.objs.Close())...)
 }
 
+// Present says whether a data path is on this host, in use or left by an
+// earlier daemon.
+func Present(cfg Config) bool { return netdev.Exists(vxlanName(cfg.Port)) }
+
 // Remove takes every trace of the data path off the host: devices, programs,
 // tables and the mount of the BPF file system. No DataPath may be in use. It
 // goes on after an error, and is no error when nothing is there.

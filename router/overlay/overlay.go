@@ -134,3 +134,11 @@ type TooBigError struct {
 func (e *TooBigError) Error() string {
 	return fmt.Sprintf("larger than the path carries (%d bytes fit)", e.MTU)
 }
+
+// AbsentError says that the path does not exist on this host.
+type AbsentError struct {
+	Why error // what is lacking
+}
+
+// Error says what is lacking.
+func (e *AbsentError) Error() string { return "no fast path on this host: " + e.Why.Error() }

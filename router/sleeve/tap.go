@@ -51,9 +51,10 @@ type tap struct {
 	writErr syscall.Errno
 }
 
-// openTap makes the device and brings it up, in the namespace of the calling
-// thread.
-func openTap(name string, log *slog.Logger) (*tap, error) {
+// OpenTAP makes a TAP device that carries frames with a virtio-net header of 10
+// bytes, super-frames included, and brings it up, in the network namespace of
+// the calling thread. The device vanishes with the file.
+func OpenTAP(name string, log *slog.Logger) (*os.File, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun, which the TAP device %s needs: %w", name, err)
@@ -63,9 +64,16 @@ func openTap(name string, log *slog.Logger) (*tap, error) {
 	}
 	// Only now may the runtime poll the descriptor: before it has a device
 	// it polls as an error.
-	t := &tap{file: os.NewFile(uintptr(fd), "/dev/net/tun")}
+	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil
+}
+
+// newTap serves frames from and to a file that OpenTAP made, or that behaves
+// like one.
+func newTap(file *os.File) (*tap, error) {
+	t := &tap{file: file}
+	var err error
 	if t.conn, err = t.file.SyscallConn(); err != nil {
-		return nil, errors.Join(fmt.Errorf("TAP device %s: %w", name, err), t.file.Close())
+		return nil, errors.Join(fmt.Errorf("TAP device: %w", err), t.file.Close())
 	}
 	t.readFn, t.writeFn = t.tryRead, t.tryWrite
 	return t, nil

@@ -23,7 +23,6 @@ import (
 	"weave.local/proxy/docker"
 	"weave.local/router"
 	"weave.local/router/attach"
-	"weave.local/router/fastdp"
 	"weave.local/router/firewall"
 	"weave.local/router/sleeve"
 )
@@ -45,7 +44,6 @@ type daemon struct {
 	mesh     *link.Mesh
 	gossip   *gossip.Gossip
 	alloc    *ipam.Allocator
-	fastdp   *fastdp.DataPath
 	sleeve   *sleeve.Path
 	router   *router.Router
 	firewall *firewall.Firewall

@@ -26,7 +26,6 @@ import (
 	"weave.local/proxy/docker"
 	"weave.local/router"
 	"weave.local/router/attach"
-	"weave.local/router/fastdp"
 	"weave.local/router/firewall"
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
@@ -289,35 +288,19 @@ func (d *daemon) openPaths(context.Context) error {
 	table := d.gossip.Table(router.TableName)
 	d.router = router.New(router.Config{Mesh: d.mesh, Table: table, MTU: d.mtu, Log: d.log.With("part", "router")})
 	var err error
-	d.sleeve, err = sleeve.New(sleeve.Config{
-		Port: d.cfg.Port, Bind: d.cfg.Host, TapName: tapName, OnProbe: d.router.Probed, Log: d.log.With("part", "sleeve"),
-	})
-	if err != nil {
+	if d.sleeve, err = sleeve.New(d.sleeveConfig()); err != nil {
 		return err
 	}
 	d.undo.atEnd(func() { _ = d.sleeve.Close() })
-	d.fastdp, err = fastdp.New(d.fastdpConfig())
+	sw, err := d.openSwitch()
 	if err != nil {
 		return err
 	}
-	d.undo.atEnd(func() { _ = d.fastdp.Close() })
-	switch {
-	case d.fastdp.Adopted() && d.cfg.Password == "":
-		d.router.Hold()
-	case d.fastdp.Adopted():
-		// What the kernel forwards is in clear: it ends now, and goes on
-		// where links say that it may.
-		if err := d.fastdp.Apply(overlay.Forwarding{Self: d.self.ShortID}); err != nil {
-			return fmt.Errorf("what an earlier run left forwarding in clear: %w", err)
-		}
-	default:
-		d.undo.onFailure(func() { _ = fastdp.Remove(d.fastdpConfig()) })
-	}
-	paths := []overlay.Overlay{d.fastdp, d.sleeve}
+	paths := []overlay.Overlay{sw, d.sleeve}
 	if d.cfg.NoFastDP {
 		paths = paths[1:]
 	}
-	d.router.Use(d.fastdp, paths...)
+	d.router.Use(sw, paths...)
 	return nil
 }
 

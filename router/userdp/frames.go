@@ -1,0 +1,157 @@
+package userdp
+
+import (
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"weave.local/peer"
+	"weave.local/router/frame"
+)
+
+// Layout of a message: virtio-net header (struct virtio_net_hdr, in host byte
+// order), Ethernet addresses, and towards the sleeve the two tags.
+const (
+	vnetLen   = 10
+	needsCsum = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
+	tagsLen   = 2 * frame.TagLen
+	frontLen  = vnetLen + frame.AddrsLen
+	maxLen    = 1<<16 + frontLen + tagsLen
+	hopLimit  = 63
+)
+
+// serveBridge takes frames from the bridge to the sleeve, until the TAP is
+// closed.
+func (s *Switch) serveBridge() error {
+	buf := make([]byte, maxLen)
+	for {
+		n, err := s.tap.Read(buf[tagsLen:])
+		if err != nil {
+			return err
+		}
+		if n < vnetLen+frame.EthernetLen {
+			s.count.add(droppedMalformed)
+			continue
+		}
+		t := s.table.Load()
+		way, event := t.fromBridge(buf[tagsLen+vnetLen:tagsLen+n], segments(buf[tagsLen:], n), s.limits)
+		s.count.add(event)
+		if event.dropped() {
+			continue
+		}
+		copy(buf, buf[tagsLen:tagsLen+frontLen])
+		shift(buf, tagsLen)
+		way.put(buf[frontLen:])
+		if err := s.toSleeve(buf[:tagsLen+n]); err != nil {
+			return err
+		}
+	}
+}
+
+// servePeers takes frames from the sleeve, until the socket is closed.
+func (s *Switch) servePeers() error {
+	buf := make([]byte, maxLen)
+	for {
+		n, err := s.near.Read(buf)
+		if err != nil {
+			return closedAt(err)
+		}
+		if n < frontLen+tagsLen+2 {
+			s.count.add(droppedMalformed)
+			continue
+		}
+		s.count.add(fromSleeve)
+		var w way
+		w.get(buf[frontLen:])
+		fate := s.table.Load().fromPeer(w, buf[vnetLen:frontLen])
+		s.count.add(fate.event)
+		if fate.onward {
+			w.hops--
+			if w.flood {
+				w.dst = 0
+			}
+			w.put(buf[frontLen:])
+			if err := s.toSleeve(buf[:n]); err != nil {
+				return err
+			}
+		}
+		if !fate.deliver {
+			continue
+		}
+		copy(buf[tagsLen:], buf[:frontLen])
+		shift(buf[tagsLen:], -tagsLen)
+		if _, err := s.tap.Write(buf[tagsLen:n]); errors.Is(err, os.ErrClosed) {
+			return err
+		} else if err != nil { // it makes no sense to the kernel
+			s.count.add(droppedSend)
+		}
+	}
+}
+
+// closedAt makes the end of a socket look as that of a device.
+func closedAt(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		return os.ErrClosed
+	}
+	return err
+}
+
+// toSleeve hands a tagged frame to the sleeve. It waits while that is busy: the
+// kernel drops then what the TAP has no room for.
+func (s *Switch) toSleeve(b []byte) error {
+	if _, err := s.near.Write(b); err != nil {
+		return closedAt(err)
+	}
+	s.count.add(toSleeve)
+	return nil
+}
+
+// shift moves what the virtio-net header says of places in the frame.
+func shift(b []byte, by int) {
+	if headers := int(binary.NativeEndian.Uint16(b[2:])); headers > 0 {
+		binary.NativeEndian.PutUint16(b[2:], uint16(headers+by))
+	}
+	if b[0]&needsCsum != 0 {
+		binary.NativeEndian.PutUint16(b[6:], uint16(int(binary.NativeEndian.Uint16(b[6:]))+by))
+	}
+}
+
+// segments is how many packets a message of n bytes stands for.
+func segments(b []byte, n int) int {
+	size := int(binary.NativeEndian.Uint16(b[4:]))
+	if b[1] == 0 || size == 0 {
+		return 1
+	}
+	return n/size + 1
+}
+
+// way is what the two tags of a frame say.
+type way struct {
+	src, dst peer.ShortID // dst is 0 when a flooded frame is on its way to the sleeve
+	hops     uint16
+	flood    bool
+}
+
+const flooded = 1 << 15
+
+func (w way) put(b []byte) {
+	c := uint16(w.dst) | w.hops&3<<12
+	if w.flood {
+		c |= flooded
+	}
+	binary.BigEndian.PutUint16(b, frame.TypeSVLAN)
+	binary.BigEndian.PutUint16(b[2:], uint16(w.src)|w.hops>>2<<12)
+	binary.BigEndian.PutUint16(b[4:], frame.TypeVLAN)
+	binary.BigEndian.PutUint16(b[6:], c)
+}
+
+func (w *way) get(b []byte) {
+	s, c := binary.BigEndian.Uint16(b[2:]), binary.BigEndian.Uint16(b[6:])
+	*w = way{
+		src: peer.ShortID(s & 0xfff), dst: peer.ShortID(c & 0xfff),
+		hops: s>>12<<2 | c>>12&3, flood: c&flooded != 0,
+	}
+}

@@ -38,10 +38,18 @@ func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) } //nolint:forbidigo // th
 // buildAndRun builds the program as users do and puts it in the path of all
 // hosts.
 func buildAndRun(m *testing.M) int {
+	if os.Getenv(withoutBPF) != "" {
+		fmt.Fprintln(os.Stderr, becomeWithoutBPF(os.Args[1:]))
+		return 1
+	}
 	dir, remove, err := lab.Scratch("weave-built-")
 	if err == nil {
 		defer func() { _ = remove() }()
-		_, err = setup.Build(context.Background(), dir)
+		if built := os.Getenv("TEST_BUILT"); built != "" { // where there is no compiler
+			dir = built
+		} else {
+			_, err = setup.Build(context.Background(), dir)
+		}
 	}
 	if err == nil {
 		err = os.Setenv("PATH", dir+":"+os.Getenv("PATH"))
@@ -279,12 +287,14 @@ func established(t *testing.T, l *lab.Lab, limit time.Duration) {
 	})
 }
 
-// container is a running container.
+// container is a running container, or just a network namespace.
 type container struct {
 	*lab.Host
-	name  string
-	addr  netip.Prefix // on the overlay
-	netns string       // file on the host
+	name   string
+	addr   netip.Prefix // on the overlay
+	netns  string       // file on the host
+	device string       // on the overlay
+	bare   bool         // a namespace that Docker does not know
 }
 
 // run starts a container that waits, with the flags given, by way of the given
@@ -296,7 +306,7 @@ func run(t *testing.T, h *lab.Host, socket, device, name string, flags ...string
 		args = append(args, "-H", socket)
 	}
 	must(t, h, slices.Concat(args, []string{"run", "-d", "--name", name}, flags, []string{"busybox", "sleep", "3600"})...)
-	c := &container{Host: h, name: name}
+	c := &container{Host: h, name: name, device: device}
 	var err error
 	if c.netns, err = h.ContainerNetNS(t.Context(), name); err != nil {
 		t.Fatal(err)
@@ -311,8 +321,27 @@ func run(t *testing.T, h *lab.Host, socket, device, name string, flags ...string
 	return c
 }
 
-// exec runs a command in the container.
+// runBare attaches a network namespace, with the addresses asked for.
+func runBare(t *testing.T, h *lab.Host, name string, addrs ...string) *container {
+	t.Helper()
+	c := &container{Host: h, name: name, netns: "/run/netns/" + name, device: "ethwe", bare: true}
+	must(t, h, "ip", "netns", "add", name)
+	must(t, h, "ip", "-n", name, "link", "set", "lo", "up")
+	weave(t, h, append([]string{"attach", "--netns", c.netns}, addrs...)...)
+	all := c.addresses(t, c.device)
+	if len(all) != 1 {
+		t.Fatalf("%s: addresses of %s: %v, want one", h.Name, name, all)
+	}
+	c.addr = all[0]
+	return c
+}
+
+// exec runs a command in the container; one of busybox where there is only a
+// namespace.
 func (c *container) exec(ctx context.Context, args ...string) lab.Result {
+	if c.bare {
+		return c.Run(ctx, append([]string{"nsenter", "--net=" + c.netns, "busybox"}, args...)...)
+	}
 	return c.Docker(ctx, append([]string{"exec", c.name}, args...)...)
 }
 

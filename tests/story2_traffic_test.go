@@ -88,13 +88,13 @@ func testPS(t *testing.T, c *container, device string) {
 // can find out, is seen by the third.
 func testBroadcast(t *testing.T, cs []*container) {
 	t.Helper()
-	third, err := cs[2].Tap(cs[2].netns, "ethwe0")
+	third, err := cs[2].Tap(cs[2].netns, cs[2].device)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = third.Close() }()
 	ask := func(ip netip.Addr) error {
-		return cs[0].exec(t.Context(), "arping", "-c", "1", "-w", "3", "-I", "ethwe0", ip.String()).Err()
+		return cs[0].exec(t.Context(), "arping", "-c", "1", "-w", "3", "-I", cs[0].device, ip.String()).Err()
 	}
 	if err := ask(cs[1].addr.Addr()); err != nil {
 		t.Error(err)

@@ -95,7 +95,7 @@ func tellOf(t *testing.T, l *lab.Lab) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 10*time.Second)
 	defer cancel()
 	for _, h := range l.Hosts {
-		r := h.Run(ctx, "sh", "-c", "weave status; weave status connections; weave status ipam; weave ps; echo; tail -n 40 /var/lib/weave/weave.log")
+		r := h.Run(ctx, "sh", "-c", "weave status; weave status connections; weave status ipam; weave ps; echo; tail -n 40 /var/lib/weave/weave.log.old /var/lib/weave/weave.log")
 		t.Logf("---- %s ----\n%s%s", h.Name, r.Stdout, r.Stderr)
 	}
 }
@@ -203,10 +203,15 @@ func launchAll(t *testing.T, l *lab.Lab, args ...string) {
 // daemonPID is the process of the daemon, as the host numbers it.
 func daemonPID(t *testing.T, h *lab.Host) string {
 	t.Helper()
-	pid := must(t, h, "sh", "-c", `for p in /proc/[0-9]*; do if [ "$(cat $p/comm 2>/dev/null)" = weave ]; then basename $p; fi; done`)
-	if pid == "" || strings.Contains(pid, "\n") {
-		t.Fatalf("%s: want one daemon, found %q", h.Name, pid)
-	}
+	var pid string
+	// A program that the daemon starts has the daemon's name for a moment.
+	within(t, patience, h.Name, func() error {
+		pid = must(t, h, "sh", "-c", `for p in /proc/[0-9]*; do if [ "$(cat $p/comm 2>/dev/null)" = weave ]; then basename $p; fi; done`)
+		if pid == "" || strings.Contains(pid, "\n") {
+			return fmt.Errorf("want one daemon, found %q", pid)
+		}
+		return nil
+	})
 	return pid
 }
 

@@ -104,8 +104,7 @@ func (l *Lab) Narrow(ctx context.Context, a, b *Host, mtu int) error {
 
 func (l *Lab) applyCuts(ctx context.Context) error {
 	rules := &strings.Builder{}
-	// Not of priority 0: br_netfilter of older kernels passes others of it by.
-	rules.WriteString("table bridge lab {}\ndelete table bridge lab\ntable bridge lab { chain cut { type filter hook forward priority 10;\n")
+	rules.WriteString("table bridge lab {}\ndelete table bridge lab\ntable bridge lab { chain cut { type filter hook forward priority 0;\n")
 	for c := range l.cuts {
 		fmt.Fprintf(rules, "iifname %q oifname %q drop\niifname %q oifname %q drop\n", c[0], c[1], c[1], c[0])
 	}

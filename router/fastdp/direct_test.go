@@ -255,16 +255,9 @@ func TestJoined(t *testing.T) {
 	if !a1.reaches(b1.addr(), 1000) {
 		t.Fatal("no way between the hosts")
 	}
-	capture := b1.capture()
+	seen := b1.capture(t, "eth0", 0)
 	a1.sameBytes(b1, 8<<20)
-	largest := 0
-	for {
-		n, _, err := unix.Recvfrom(capture, nil, unix.MSG_TRUNC)
-		if err != nil {
-			break
-		}
-		largest = max(largest, n)
-	}
+	largest := seen.stop()[unix.IPPROTO_TCP]
 	if largest < enough {
 		t.Errorf("the largest frame that arrived has %d bytes", largest)
 	}

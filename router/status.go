@@ -1,6 +1,9 @@
 package router
 
 import (
+	"cmp"
+	"fmt"
+	"slices"
 	"time"
 
 	"weave.local/peer"
@@ -41,6 +44,40 @@ func (r *Router) Endpoints() []overlay.Endpoint {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.remoteLocked(r.memory.recall(entries, topo.Reaches, time.Now()), self)
+}
+
+// PeerTraffic is what one data path exchanged with one peer.
+type PeerTraffic struct {
+	Peer peer.Info
+	Path string
+	overlay.Traffic
+}
+
+// Traffic returns what was exchanged with each peer by each data path, ordered
+// by peer and path. Peers whose name is not known any more are left out.
+func (r *Router) Traffic() ([]PeerTraffic, error) {
+	known := make(map[peer.ShortID]peer.Info)
+	r.mu.Lock()
+	for _, way := range r.plan.routes {
+		known[way.info.ShortID] = way.info
+	}
+	r.mu.Unlock()
+	var out []PeerTraffic
+	for _, p := range r.all {
+		all, err := p.Traffic()
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", p.Name(), err)
+		}
+		for id, t := range all {
+			if info, ok := known[id]; ok {
+				out = append(out, PeerTraffic{Peer: info, Path: p.Name(), Traffic: t})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b PeerTraffic) int {
+		return cmp.Or(cmp.Compare(a.Peer.Name, b.Peer.Name), cmp.Compare(a.Path, b.Path))
+	})
+	return out, nil
 }
 
 // Counters returns the counters of the data path that owns the ports.

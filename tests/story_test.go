@@ -21,6 +21,7 @@ func TestFromLaunchToReset(t *testing.T) {
 	step(t, "status", func(t *testing.T) { testStatus(t, l, names) })
 	var cs []*container
 	step(t, "plugin", func(t *testing.T) { cs = testPlugin(t, l, names) })
+	step(t, "counted", func(t *testing.T) { testCounted(t, cs, names) })
 	step(t, "expose", func(t *testing.T) { testExpose(t, l, cs) })
 	step(t, "reset", func(t *testing.T) { testReset(t, l, before) })
 	step(t, "relaunch", func(t *testing.T) { testRelaunch(t, l) })

@@ -75,6 +75,13 @@ func TestLayouts(t *testing.T) {
 	check("port", unsafe.Sizeof(weavePort{}), map[string]uintptr{
 		"mac": unsafe.Offsetof(weavePort{}.Mac), "n_addrs": unsafe.Offsetof(weavePort{}.N_addrs),
 		"subnets": unsafe.Offsetof(weavePort{}.Subnets), "addrs": unsafe.Offsetof(weavePort{}.Addrs)})
+	check("traffic", unsafe.Sizeof(weaveTraffic{}), map[string]uintptr{
+		"tx_packets": unsafe.Offsetof(weaveTraffic{}.TxPackets), "tx_bytes": unsafe.Offsetof(weaveTraffic{}.TxBytes),
+		"tx_flooded": unsafe.Offsetof(weaveTraffic{}.TxFlooded), "tx_relayed": unsafe.Offsetof(weaveTraffic{}.TxRelayed),
+		"rx_packets": unsafe.Offsetof(weaveTraffic{}.RxPackets), "rx_bytes": unsafe.Offsetof(weaveTraffic{}.RxBytes),
+		"rx_flooded": unsafe.Offsetof(weaveTraffic{}.RxFlooded), "rx_relayed": unsafe.Offsetof(weaveTraffic{}.RxRelayed)})
+	check("loss", unsafe.Sizeof(weaveLoss{}), map[string]uintptr{
+		"peer": unsafe.Offsetof(weaveLoss{}.Peer), "why": unsafe.Offsetof(weaveLoss{}.Why)})
 	check("event", eventSize, map[string]uintptr{"token": eventToken, "size": eventIPSize, "from": eventFrom})
 }
 

@@ -56,6 +56,12 @@ type sceneHop struct {
 	Gateway uint32
 }
 
+type sceneLoss struct {
+	_    structs.HostLayout
+	Peer uint16
+	Why  uint16
+}
+
 type sceneMac struct {
 	_   structs.HostLayout
 	B   [6]uint8
@@ -115,8 +121,12 @@ type sceneTraffic struct {
 	_         structs.HostLayout
 	TxPackets uint64
 	TxBytes   uint64
+	TxFlooded uint64
+	TxRelayed uint64
 	RxPackets uint64
 	RxBytes   uint64
+	RxFlooded uint64
+	RxRelayed uint64
 }
 
 type sceneTree struct {
@@ -137,6 +147,7 @@ const (
 	sceneMapEvents         = "events"
 	sceneMapHops           = "hops"
 	sceneMapLimits         = "limits"
+	sceneMapLosses         = "losses"
 	sceneMapNeighbours     = "neighbours"
 	sceneMapOutcomes       = "outcomes"
 	sceneMapPorts          = "ports"
@@ -227,6 +238,7 @@ type sceneMapSpecs struct {
 	Events     *ebpf.MapSpec `ebpf:"events"`
 	Hops       *ebpf.MapSpec `ebpf:"hops"`
 	Limits     *ebpf.MapSpec `ebpf:"limits"`
+	Losses     *ebpf.MapSpec `ebpf:"losses"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
 	Outcomes   *ebpf.MapSpec `ebpf:"outcomes"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
@@ -271,6 +283,7 @@ type sceneMaps struct {
 	Events     *ebpf.Map `ebpf:"events"`
 	Hops       *ebpf.Map `ebpf:"hops"`
 	Limits     *ebpf.Map `ebpf:"limits"`
+	Losses     *ebpf.Map `ebpf:"losses"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
 	Outcomes   *ebpf.Map `ebpf:"outcomes"`
 	Ports      *ebpf.Map `ebpf:"ports"`
@@ -288,6 +301,7 @@ func (m *sceneMaps) Close() error {
 		m.Events,
 		m.Hops,
 		m.Limits,
+		m.Losses,
 		m.Neighbours,
 		m.Outcomes,
 		m.Ports,

@@ -174,29 +174,6 @@ func (p Port) Prefixes() []netip.Prefix {
 	return out
 }
 
-// Traffic is what was exchanged with a neighbour on the fast path, relayed
-// frames included. A super-frame counts as the packets it stands for; bytes are
-// those of the frames inside.
-type Traffic struct {
-	TxPackets, TxBytes, RxPackets, RxBytes uint64
-}
-
-// Traffic returns what was exchanged with the neighbour of a short id since the
-// maps were made.
-func (o *Objects) Traffic(neighbour uint16) (t Traffic, err error) {
-	var perCPU []weaveTraffic
-	if err := o.objs.Traffics.Lookup(uint32(neighbour), &perCPU); err != nil {
-		return t, fmt.Errorf("traffic of neighbour %d: %w", neighbour, err)
-	}
-	for _, c := range perCPU {
-		t.TxPackets += c.TxPackets
-		t.TxBytes += c.TxBytes
-		t.RxPackets += c.RxPackets
-		t.RxBytes += c.RxBytes
-	}
-	return t, nil
-}
-
 func (o *Objects) bindTables() {
 	o.Neighbours = newTable("neighbours", o.objs.Neighbours, encodeNeighbour, decodeNeighbour)
 	o.Hops = newTable("hops", o.objs.Hops, encodeHop, decodeHop)

@@ -154,10 +154,18 @@ struct bucket {
 	__u64 full;
 };
 
-/* what was exchanged with a neighbour by VXLAN; a super-frame counts as the
- * packets it stands for */
+/* What was exchanged with a neighbour by VXLAN; a super-frame counts as the
+ * packets it stands for. Of the packets, those flooded and those relayed: sent
+ * for the neighbour to pass on, or received from it to pass on from here. */
 struct traffic {
-	__u64 tx_packets, tx_bytes, rx_packets, rx_bytes;
+	__u64 tx_packets, tx_bytes, tx_flooded, tx_relayed;
+	__u64 rx_packets, rx_bytes, rx_flooded, rx_relayed;
+};
+
+/* frames dropped on the way from or to a peer */
+struct loss {
+	__u16 peer;
+	__u16 why; /* COUNT_DROPPED_ */
 };
 
 /* a probe that arrived */
@@ -284,6 +292,14 @@ struct {
 } traffics SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 16384);
+	__type(key, struct loss);
+	__type(value, __u64);
+} losses SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 16);
 } events SEC(".maps");
@@ -300,26 +316,56 @@ static __always_inline void count(__u32 which)
 		(*v)++;
 }
 
-static __always_inline void count_traffic(struct __sk_buff *skb, __u32 neighbour, int received)
+/* One frame to the peer dst, or to all when that is 0, by way of a neighbour.
+ * around: bytes of it that are not the frame's own */
+static __always_inline void count_sent(struct __sk_buff *skb, __u32 neighbour, __u32 dst, __u32 around)
 {
 	struct traffic *t = bpf_map_lookup_elem(&traffics, &neighbour);
 	__u32 packets = skb->gso_segs ? skb->gso_segs : 1;
 
 	if (!t)
 		return;
-	if (received) {
-		t->rx_packets += packets;
-		t->rx_bytes += skb->len;
-	} else {
-		t->tx_packets += packets;
-		t->tx_bytes += skb->len;
-	}
+	t->tx_packets += packets;
+	t->tx_bytes += skb->len - around;
+	if (!dst)
+		t->tx_flooded += packets;
+	else if (dst != neighbour)
+		t->tx_relayed += packets;
+}
+
+static __always_inline void count_received(struct __sk_buff *skb, __u32 neighbour, __u32 dst, __u32 self, __u32 around)
+{
+	struct traffic *t = bpf_map_lookup_elem(&traffics, &neighbour);
+	__u32 packets = skb->gso_segs ? skb->gso_segs : 1;
+
+	if (!t)
+		return;
+	t->rx_packets += packets;
+	t->rx_bytes += skb->len - around;
+	if (!dst)
+		t->rx_flooded += packets;
+	else if (dst != self)
+		t->rx_relayed += packets;
 }
 
 static __always_inline int drop(__u32 why)
 {
 	count(why);
 	return DROP;
+}
+
+/* Drops a frame and notes the peer that it came from or would have gone to, if
+ * it is not 0. A global function, as it is called from many places. */
+__attribute__((noinline)) int drop_of(__u32 peer, __u32 why)
+{
+	struct loss l = {.peer = peer, .why = why};
+	__u64 *v = bpf_map_lookup_elem(&losses, &l), first = 1;
+
+	if (v)
+		(*v)++;
+	else if (peer)
+		bpf_map_update_elem(&losses, &l, &first, BPF_NOEXIST);
+	return drop(why);
 }
 
 static __always_inline struct cfg *get_config(void)
@@ -750,8 +796,8 @@ static __always_inline int send_direct(struct __sk_buff *skb, struct cfg *c, str
 					BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH))
 		return -1;
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, &t, sizeof(t), 0))
-		return drop(COUNT_DROPPED_SEND);
-	count_traffic(skb, h->via, 0);
+		return drop_of(h->via, COUNT_DROPPED_SEND);
+	count_sent(skb, h->via, dst, sizeof(t));
 	count(COUNT_DIRECT_TX);
 	return leave(h);
 }
@@ -761,9 +807,9 @@ static __always_inline int send_by(struct __sk_buff *skb, struct cfg *c, struct 
 {
 	if (h->kind == HOP_SLEEVE) { /* which cuts by itself what does not fit */
 		if (!c->tap_if)
-			return drop(COUNT_DROPPED_NO_PATH);
+			return drop_of(dst, COUNT_DROPPED_NO_PATH);
 		if (push_tags(skb, src, dst, ttl))
-			return drop(COUNT_DROPPED_SEND);
+			return drop_of(h->via, COUNT_DROPPED_SEND);
 		count(COUNT_TO_SLEEVE);
 		return bpf_redirect(c->tap_if, 0);
 	}
@@ -773,8 +819,8 @@ static __always_inline int send_by(struct __sk_buff *skb, struct cfg *c, struct 
 			return r;
 	}
 	if (encapsulate(skb, c, h, src, dst, ttl, whole))
-		return drop(COUNT_DROPPED_SEND);
-	count_traffic(skb, h->via, 0);
+		return drop_of(h->via, COUNT_DROPPED_SEND);
+	count_sent(skb, h->via, dst, 0);
 	if (on_vxlan)
 		return PASS;
 	skb->mark = MARK_SENT;
@@ -795,7 +841,7 @@ static __always_inline int return_error(struct __sk_buff *skb, struct cfg *c, __
 		return bpf_redirect(skb->ifindex, 0);
 	h = bpf_map_lookup_elem(&hops, &src);
 	if (!h)
-		return drop(COUNT_DROPPED_NO_PATH);
+		return drop_of(src, COUNT_DROPPED_NO_PATH);
 	return send_by(skb, c, h, dst, src, HOP_LIMIT, 1, 0);
 }
 
@@ -807,9 +853,9 @@ static __always_inline int send_copy(struct __sk_buff *skb, struct cfg *c, struc
 
 	skb->mark = MARK_SENT;
 	if (encapsulate(skb, c, h, src, dst, ttl, 0) || bpf_clone_redirect(skb, c->vxlan_if, 0))
-		count(COUNT_DROPPED_SEND);
+		drop_of(h->via, COUNT_DROPPED_SEND);
 	else
-		count_traffic(skb, h->via, 0);
+		count_sent(skb, h->via, dst, 0);
 	skb->mark = mark;
 	return 1;
 }
@@ -823,9 +869,9 @@ static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src,
 	int whole, copied = 0;
 
 	if (!h)
-		return drop(COUNT_DROPPED_NO_PATH);
+		return drop_of(dst, COUNT_DROPPED_NO_PATH);
 	if (from && from->n == 1 && from->id[0] == h->via)
-		return drop(COUNT_DROPPED_BACKWARDS);
+		return drop_of(h->via, COUNT_DROPPED_BACKWARDS);
 	whole = h->kind == HOP_SLEEVE || fits(skb, h);
 	if (!whole) {
 		/* IPv6 is fragmented here or nowhere, by what the kernel knows of the
@@ -836,7 +882,7 @@ static __always_inline int send(struct __sk_buff *skb, struct cfg *c, __u32 src,
 		if (r == ERROR_MADE)
 			return return_error(skb, c, src, dst, on_vxlan);
 		if (r != ERROR_NONE)
-			return drop(COUNT_DROPPED_SEND);
+			return drop_of(h->via, COUNT_DROPPED_SEND);
 		if (copied)
 			return DROP;
 	}
@@ -858,7 +904,7 @@ __attribute__((noinline)) int flood_copy(struct __sk_buff *skb, __u32 src, __u32
 		return COPY_FOR_SLEEVE;
 	if (encapsulate(skb, c, h, src, 0, ttl, fits(skb, h)))
 		return -1;
-	count_traffic(skb, child, 0);
+	count_sent(skb, child, 0, 0);
 	return bpf_clone_redirect(skb, c->vxlan_if, 0) ? -1 : 0;
 }
 
@@ -883,7 +929,7 @@ __attribute__((noinline)) int flood(struct __sk_buff *skb, __u32 src, __u32 ttl,
 		if (r == COPY_FOR_SLEEVE)
 			sleeve = 1;
 		else if (r)
-			count(COUNT_DROPPED_SEND);
+			drop_of(t->child[i], COUNT_DROPPED_SEND);
 	}
 	skb->mark = mark;
 	/* The user-space path copies to those children that it serves. */
@@ -931,11 +977,11 @@ static __always_inline int into(struct __sk_buff *skb, struct endpoint *to)
 }
 
 /* Into the container of a local endpoint, past the bridge and port_out, whose
- * check it makes. from is the sender's subnets. */
-static __always_inline int enter(struct __sk_buff *skb, struct subnets *from, struct endpoint *to)
+ * check it makes. from is the sender's subnets, peer where it is. */
+static __always_inline int enter(struct __sk_buff *skb, struct subnets *from, __u32 peer, struct endpoint *to)
 {
 	if (!share_subnet(from, &to->subnets))
-		return drop(COUNT_DROPPED_ISOLATED);
+		return drop_of(peer, COUNT_DROPPED_ISOLATED);
 	return into(skb, to);
 }
 
@@ -948,8 +994,9 @@ static __always_inline int deliver(struct __sk_buff *skb, struct cfg *c, int by_
 	return bpf_redirect(c->vxlan_if, BPF_F_INGRESS);
 }
 
-/* A unicast frame for this host. */
-static __always_inline int deliver_unicast(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth, int by_tap)
+/* A unicast frame for this host. by: see receive */
+static __always_inline int deliver_unicast(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth, __u32 by,
+					   int by_tap)
 {
 	struct mac dst = {}, src = {};
 
@@ -962,24 +1009,24 @@ static __always_inline int deliver_unicast(struct __sk_buff *skb, struct cfg *c,
 	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
 	struct endpoint *from = bpf_map_lookup_elem(&endpoints, &src);
 	if (!from)
-		return drop(COUNT_DROPPED_UNKNOWN_MAC);
-	return enter(skb, &from->subnets, to);
+		return drop_of(by, COUNT_DROPPED_UNKNOWN_MAC);
+	return enter(skb, &from->subnets, from->peer, to);
 }
 
-static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src,
-				      __u32 dst)
+static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 by,
+				      __u32 src, __u32 dst)
 {
 	if (!from || dst != c->self || !is_among(from, src))
-		return drop(COUNT_DROPPED_PROBES);
+		return drop_of(by, COUNT_DROPPED_PROBES);
 	struct { __be64 token; __be32 size; } __attribute__((packed)) said;
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, &said, sizeof(said)))
-		return drop(COUNT_DROPPED_PROBES);
+		return drop_of(by, COUNT_DROPPED_PROBES);
 	__u32 size = bpf_ntohl(said.size);
 	if (size > skb->len - ETH_HLEN && size > sizeof(said)) /* proves less than it claims */
-		return drop(COUNT_DROPPED_PROBES);
+		return drop_of(by, COUNT_DROPPED_PROBES);
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e)
-		return drop(COUNT_DROPPED_PROBES);
+		return drop_of(by, COUNT_DROPPED_PROBES);
 	e->token = bpf_be64_to_cpu(said.token);
 	e->size = size;
 	e->from = src;
@@ -988,40 +1035,41 @@ static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, stru
 	return drop(COUNT_PROBES);
 }
 
-static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src,
-					__u32 ttl, int by_tap)
+static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 by,
+					__u32 src, __u32 ttl, int by_tap)
 {
 	struct tree *t = bpf_map_lookup_elem(&trees, &src);
 
 	/* What comes by the TAP was checked against the tree in user space. */
 	if (!t || (from && !is_among(from, t->parent)))
-		return drop(COUNT_DROPPED_REVERSE_PATH);
+		return drop_of(by, COUNT_DROPPED_REVERSE_PATH);
 	count(COUNT_RX_FLOODED);
 	if (ttl > 1)
 		flood(skb, src, ttl - 1, t->parent);
 	return deliver(skb, c, by_tap);
 }
 
-/* from is null for what came by the TAP */
-static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 src, __u32 dst,
-				   __u32 ttl, int by_tap)
+/* from is null for what came by the TAP. by: the neighbour it came from, or by
+ * the TAP, where that is not told, the source */
+static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 by, __u32 src,
+				   __u32 dst, __u32 ttl, int by_tap)
 {
 	struct ethhdr *eth = header(skb, sizeof(*eth));
 
 	if (!src || !eth)
-		return drop(COUNT_DROPPED_MALFORMED);
+		return drop_of(by, COUNT_DROPPED_MALFORMED);
 	if (src == c->self)
-		return drop(COUNT_DROPPED_OWN);
+		return drop_of(by, COUNT_DROPPED_OWN);
 	if (is_zero_mac(eth->h_dest) && is_zero_mac(eth->h_source))
-		return take_probe(skb, c, from, src, dst);
+		return take_probe(skb, c, from, by, src, dst);
 	if (!dst)
-		return take_flooded(skb, c, from, src, ttl, by_tap);
+		return take_flooded(skb, c, from, by, src, ttl, by_tap);
 	if (dst == c->self) {
 		count(COUNT_RX);
-		return deliver_unicast(skb, c, eth, by_tap);
+		return deliver_unicast(skb, c, eth, by, by_tap);
 	}
 	if (ttl <= 1)
-		return drop(COUNT_DROPPED_HOP_LIMIT);
+		return drop_of(by, COUNT_DROPPED_HOP_LIMIT);
 	count(COUNT_RELAYED);
 	return send(skb, c, src, dst, ttl - 1, from, 0);
 }
@@ -1043,7 +1091,7 @@ static __always_inline int receive_vxlan(struct __sk_buff *skb, struct cfg *c, s
 		count(COUNT_PMTU);
 		if (src == c->self) {
 			struct ethhdr *eth = header(skb, sizeof(*eth));
-			return eth ? deliver_unicast(skb, c, eth, 0) : PASS;
+			return eth ? deliver_unicast(skb, c, eth, 0, 0) : PASS;
 		}
 		if (!dst)
 			return DROP;
@@ -1053,8 +1101,9 @@ static __always_inline int receive_vxlan(struct __sk_buff *skb, struct cfg *c, s
 	if (!from)
 		return drop(COUNT_DROPPED_NOT_NEIGHBOUR);
 	/* Of several behind one address it is told only who sends frames of his own. */
-	count_traffic(skb, is_among(from, src) ? src : from->id[0], 1);
-	return receive(skb, c, from, src, dst, o->ttl, 0);
+	__u32 by = is_among(from, src) ? src : from->id[0];
+	count_received(skb, by, dst, c->self, 0);
+	return receive(skb, c, from, by, src, dst, o->ttl, 0);
 }
 
 /* ingress of the VXLAN device */
@@ -1131,14 +1180,14 @@ static __always_inline int enter_direct(struct __sk_buff *skb, struct cfg *c, st
 	/* What a device says of checksums begins with the outer one. */
 	bpf_csum_level(skb, BPF_CSUM_LEVEL_DEC);
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), BPF_F_INVALIDATE_HASH))
-		return drop(COUNT_DROPPED_SEND);
-	count_traffic(skb, neighbour, 1);
+		return drop_of(neighbour, COUNT_DROPPED_SEND);
+	count_received(skb, neighbour, c->self, c->self, 0);
 	count(COUNT_RX);
 	count(COUNT_DIRECT_RX);
 	if (proto != IPPROTO_TCP)
-		return enter(skb, &from->subnets, to);
+		return enter(skb, &from->subnets, from->peer, to);
 	if (!share_subnet(&from->subnets, &to->subnets))
-		return drop(COUNT_DROPPED_ISOLATED);
+		return drop_of(from->peer, COUNT_DROPPED_ISOLATED);
 	return bpf_redirect(c->join_if, 0);
 }
 
@@ -1152,15 +1201,15 @@ static __always_inline int relay_direct(struct __sk_buff *skb, struct neighbour 
 	if (!h || h->kind != HOP_VXLAN4 || !h->uplink || ip.ttl <= 1 || !len || len > h->mtu ||
 	    (from->n == 1 && from->id[0] == h->via))
 		return PASS;
-	count_traffic(skb, neighbour, 1);
+	count_received(skb, neighbour, dst, 0, sizeof(struct tunnel));
 	ip.ttl--;
 	ip.saddr = bpf_htonl(h->local[0]);
 	ip.daddr = bpf_htonl(h->remote[0]);
 	ip.check = 0;
 	ip.check = ip_checksum(&ip);
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, &ip, sizeof(ip), 0))
-		return drop(COUNT_DROPPED_SEND);
-	count_traffic(skb, h->via, 0);
+		return drop_of(h->via, COUNT_DROPPED_SEND);
+	count_sent(skb, h->via, dst, sizeof(struct tunnel));
 	count(COUNT_RELAYED);
 	count(COUNT_DIRECT_RELAYED);
 	return leave(h);
@@ -1242,7 +1291,7 @@ static __always_inline int receive_tap(struct __sk_buff *skb, struct cfg *c)
 	__u32 dst = c_tci & TAG_FLOODED ? 0 : c_tci & SHORT_ID;
 	if (!dst && !(c_tci & TAG_FLOODED))
 		return drop(COUNT_DROPPED_MALFORMED);
-	return receive(skb, c, 0, s_tci & SHORT_ID, dst, ttl, 1);
+	return receive(skb, c, 0, s_tci & SHORT_ID, s_tci & SHORT_ID, dst, ttl, 1);
 }
 
 /* ingress of the TAP: what the user-space path received */
@@ -1490,7 +1539,7 @@ static __always_inline int take_shortcut(struct __sk_buff *skb, struct cfg *c, s
 	}
 	if (!to->ifindex || to->ifindex == skb->ifindex)
 		return PASS;
-	return enter(skb, &p->subnets, to);
+	return enter(skb, &p->subnets, 0, to);
 }
 
 static __always_inline int from_port(struct __sk_buff *skb)
@@ -1533,7 +1582,7 @@ int port_out(struct __sk_buff *skb)
 	if (!e)
 		return drop(COUNT_DROPPED_UNKNOWN_MAC);
 	if (!share_subnet(&e->subnets, &p->subnets))
-		return drop(COUNT_DROPPED_ISOLATED);
+		return drop_of(e->peer, COUNT_DROPPED_ISOLATED);
 	return PASS;
 }
 

@@ -109,6 +109,12 @@ const (
 	weaveHopKindHOP_SLEEVE weaveHopKind = 3
 )
 
+type weaveLoss struct {
+	_    structs.HostLayout
+	Peer uint16
+	Why  uint16
+}
+
 type weaveMac struct {
 	_   structs.HostLayout
 	B   [6]uint8
@@ -140,8 +146,12 @@ type weaveTraffic struct {
 	_         structs.HostLayout
 	TxPackets uint64
 	TxBytes   uint64
+	TxFlooded uint64
+	TxRelayed uint64
 	RxPackets uint64
 	RxBytes   uint64
+	RxFlooded uint64
+	RxRelayed uint64
 }
 
 type weaveTree struct {
@@ -162,6 +172,7 @@ const (
 	weaveMapEvents        = "events"
 	weaveMapHops          = "hops"
 	weaveMapLimits        = "limits"
+	weaveMapLosses        = "losses"
 	weaveMapNeighbours    = "neighbours"
 	weaveMapPorts         = "ports"
 	weaveMapTraffics      = "traffics"
@@ -242,6 +253,7 @@ type weaveMapSpecs struct {
 	Events     *ebpf.MapSpec `ebpf:"events"`
 	Hops       *ebpf.MapSpec `ebpf:"hops"`
 	Limits     *ebpf.MapSpec `ebpf:"limits"`
+	Losses     *ebpf.MapSpec `ebpf:"losses"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Traffics   *ebpf.MapSpec `ebpf:"traffics"`
@@ -284,6 +296,7 @@ type weaveMaps struct {
 	Events     *ebpf.Map `ebpf:"events"`
 	Hops       *ebpf.Map `ebpf:"hops"`
 	Limits     *ebpf.Map `ebpf:"limits"`
+	Losses     *ebpf.Map `ebpf:"losses"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Traffics   *ebpf.Map `ebpf:"traffics"`
@@ -299,6 +312,7 @@ func (m *weaveMaps) Close() error {
 		m.Events,
 		m.Hops,
 		m.Limits,
+		m.Losses,
 		m.Neighbours,
 		m.Ports,
 		m.Traffics,

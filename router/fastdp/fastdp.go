@@ -338,21 +338,27 @@ func (d *DataPath) Name() string { return overlay.FastDP }
 // names.
 func (d *DataPath) Counters() (map[string]uint64, error) { return d.objs.Counters() }
 
-// Traffic is what was exchanged with each neighbour on this path since the
-// tables were made.
-func (d *DataPath) Traffic() (map[peer.ShortID]bpf.Traffic, error) {
+// Traffic is what was exchanged with each neighbour on this path, and what was
+// dropped by peer, since the tables were made.
+func (d *DataPath) Traffic() (map[peer.ShortID]overlay.Traffic, error) {
 	d.sendMu.Lock()
 	ids := slices.Collect(maps.Keys(d.neighbours))
 	d.sendMu.Unlock()
-	all := make(map[peer.ShortID]bpf.Traffic, len(ids))
+	all := make(map[peer.ShortID]overlay.Traffic, len(ids))
 	for _, id := range ids {
 		t, err := d.objs.Traffic(uint16(id))
 		if err != nil {
 			return nil, err
 		}
-		all[id] = t
+		all[id] = overlay.Traffic{Tx: overlay.Flow(t.Tx), Rx: overlay.Flow(t.Rx)}
 	}
-	return all, nil
+	losses, err := d.objs.Losses()
+	for id, dropped := range losses {
+		t := all[peer.ShortID(id)]
+		t.Dropped = dropped
+		all[peer.ShortID(id)] = t
+	}
+	return all, err
 }
 
 // Run passes arriving probes on, watches for rules that concern bridged

@@ -334,26 +334,3 @@ func TestAnySource(t *testing.T) {
 		t.Errorf("%d frames dropped as spoofed, want 3: the MAC is checked all the same", n)
 	}
 }
-
-func TestTraffic(t *testing.T) {
-	l := newLine(t, 1500, 1500)
-	a1, c1 := l[0].container("10.32.0.1/24"), l[2].container("10.32.0.3/24")
-	c1.echo()
-	l.apply(nil)
-	if !a1.reaches(c1.addr(), 1000) {
-		t.Fatal("no way between the hosts")
-	}
-	all, err := l[1].dp.Traffic()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, id := range []peer.ShortID{1, 3} {
-		n := all[id]
-		if n.RxPackets == 0 || n.TxPackets == 0 || n.RxBytes < 1000 || n.TxBytes < 1000 {
-			t.Errorf("B with neighbour %d: %+v", id, n)
-		}
-	}
-	if len(all) != 2 {
-		t.Errorf("traffic with %d neighbours", len(all))
-	}
-}

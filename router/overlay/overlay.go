@@ -88,6 +88,21 @@ type Forwarding struct {
 	Endpoints  []Endpoint            // announced by other peers
 }
 
+// Flow is what went one way between this peer and a neighbour on one path. A
+// super-frame counts as the packets it stands for.
+type Flow struct {
+	Packets, Bytes uint64
+	Flooded        uint64 // packets of these that were flooded
+	Relayed        uint64 // packets of these that whoever received them was to pass on
+}
+
+// Traffic is what a data path exchanged with one peer, and what it dropped on
+// the way from or to it, by reason.
+type Traffic struct {
+	Tx, Rx  Flow
+	Dropped map[string]uint64 // frames
+}
+
 // ProbeFunc is told of each probe that arrives over a data path: the path's
 // name, the neighbour it came from, the sender's token and the frame size it
 // proves. It must not block.
@@ -109,6 +124,9 @@ type Overlay interface {
 	// fragmented on the way. A path that knows it to be too large returns a
 	// *TooBigError.
 	Probe(to peer.ShortID, token uint64, size int) error
+	// Traffic counts by peer what the path carried and dropped, as far as a
+	// peer is known.
+	Traffic() (map[peer.ShortID]Traffic, error)
 	// Run serves until ctx ends. State in the kernel outlives it.
 	Run(ctx context.Context) error
 }

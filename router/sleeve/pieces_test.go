@@ -24,10 +24,10 @@ type wire struct {
 }
 
 func newWire(mtu int) *wire {
-	w := &wire{to: &neighbour{id: 2, session: 99, overhead: ipv4Overhead}}
+	w := &wire{to: &neighbour{id: 2, session: 99, overhead: ipv4Overhead, traffic: new(traffic)}}
 	w.to.pathMTU.Store(int32(mtu))
 	var at1, at2 atomic.Pointer[table]
-	from := &neighbour{id: 1, session: 99}
+	from := &neighbour{id: 1, session: 99, traffic: new(traffic)}
 	t1, t2 := &table{self: 1}, &table{self: 2, trees: map[peer.ShortID]leg{1: {parent: from}}}
 	t1.neighbours[2], t1.hops[2] = w.to, w.to
 	t2.neighbours[1] = from
@@ -36,7 +36,7 @@ func newWire(mtu int) *wire {
 	w.s = newSender(&at1, new(counters))
 	c := new(counters)
 	w.r = &receiver{table: &at2, count: c, out: w}
-	w.r.frags.incomplete = &c.incomplete
+	w.r.frags.count = c
 	return w
 }
 
@@ -159,7 +159,7 @@ func wholeFrames(t *testing.T, newWire func(mtu int) *wire) {
 				}
 			}
 			w.receive(t, ds)
-			if c := w.r.count; c.malformed.Load()+c.forged.Load()+c.replayed.Load() > 0 {
+			if c := w.r.count; c.dropped[malformed].Load()+c.dropped[forged].Load()+c.dropped[replayed].Load() > 0 {
 				t.Errorf("MTU %d: our own datagram is malformed", mtu)
 			}
 			var got, want [][]byte
@@ -268,7 +268,7 @@ func TestFragmentsLost(t *testing.T) {
 			open++
 		}
 	}
-	if lost := w.r.count.incomplete.Load(); int(lost)+open != 201 {
+	if lost := w.r.count.dropped[incomplete].Load(); int(lost)+open != 201 {
 		t.Errorf("of 201 unfinished frames %d are counted and %d open", lost, open)
 	}
 }
@@ -300,7 +300,7 @@ func TestFragmentNumbersComeAgain(t *testing.T) {
 // TestTooSmall has a path that cannot carry anything.
 func TestTooSmall(t *testing.T) {
 	w := newWire(100)
-	if ds := w.datagrams(testPlain(1500)); len(ds) != 0 || w.s.count.tooBig.Load() != 1 {
+	if ds := w.datagrams(testPlain(1500)); len(ds) != 0 || w.s.count.dropped[tooBig].Load() != 1 {
 		t.Errorf("%d datagrams", len(ds))
 	}
 }
@@ -323,7 +323,7 @@ func TestRefused(t *testing.T) {
 		w.s.refreshMTU = func(n *neighbour) { n.pathMTU.Store(int32(c.mtu)) }
 		w.s.msgs = append(w.s.msgs, message{to: w.to, len: 30000, seg: 1472})
 		next := w.s.refused(0, c.errno)
-		if (next == 0) != c.again || w.to.plain != c.again || w.s.count.tooBig.Load() != c.tooBig || w.s.count.sendFailed.Load() != c.other {
+		if (next == 0) != c.again || w.to.plain != c.again || w.s.count.dropped[tooBig].Load() != c.tooBig || w.s.count.dropped[sendFailed].Load() != c.other {
 			t.Errorf("%v, MTU %d: next %d, plain %v, %v", c.errno, c.mtu, next, w.to.plain, w.s.count.snapshot())
 		}
 		if c.again && w.s.refused(0, c.errno) != 1 {
@@ -425,7 +425,7 @@ func FuzzReceive(f *testing.F) {
 				t.Errorf("frame of %d bytes, %+v", len(o.data), o.offload)
 			}
 		}
-		if w.r.count.tapRefused.Load() > 0 {
+		if w.r.count.dropped[tapRefused].Load() > 0 {
 			t.Error("a frame that is not tagged well")
 		}
 	})
@@ -451,7 +451,7 @@ func FuzzSend(f *testing.F) {
 				}
 			}
 		}
-		if n := w.r.count.malformed.Load() + w.r.count.unknownSender.Load(); n > 0 {
+		if n := w.r.count.dropped[malformed].Load() + w.r.count.dropped[unknownSender].Load(); n > 0 {
 			t.Errorf("%d of our own datagrams are malformed", n)
 		}
 	})

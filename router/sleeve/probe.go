@@ -55,7 +55,7 @@ func (p *Path) Probe(to peer.ShortID, token uint64, size int) error {
 func (r *receiver) probe(t *table, n *neighbour, h *header, d []byte) {
 	size := int(binary.BigEndian.Uint16(d[headerLen+8:]))
 	if h.src != n.id || h.dst != t.self || len(d) != headerLen+probeBody+size {
-		r.count.malformed.Add(1)
+		r.count.drop(malformed, n.traffic)
 		return
 	}
 	r.count.probesIn.Add(1)

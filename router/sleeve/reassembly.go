@@ -1,9 +1,6 @@
 package sleeve
 
-import (
-	"math/bits"
-	"sync/atomic"
-)
+import "math/bits"
 
 const (
 	// reassemblies bounds the frames put together at a time.
@@ -16,9 +13,9 @@ const (
 // reassembly puts fragments together, in whatever order they come. Its memory
 // is bounded; the frame that waits longest makes room.
 type reassembly struct {
-	slots      [reassemblies]slot
-	clock      uint64 // counts frames begun
-	incomplete *atomic.Uint64
+	slots [reassemblies]slot
+	clock uint64 // counts frames begun
+	count *counters
 }
 
 // slot is one frame in the making.
@@ -44,7 +41,7 @@ func (r *reassembly) add(n *neighbour, h *header, body []byte) *slot {
 	}
 	if !s.add(h, body) {
 		s.reset()
-		r.incomplete.Add(1)
+		r.count.drop(incomplete, n.traffic)
 		return nil
 	}
 	if s.whole() {
@@ -71,14 +68,14 @@ func (r *reassembly) begin(n *neighbour, h *header) *slot {
 		s := &r.slots[i]
 		if s.from == n && h.group-s.group > groupWindow && h.group-s.group < 1<<15 {
 			s.reset()
-			r.incomplete.Add(1)
+			r.count.drop(incomplete, n.traffic)
 		}
 		if best.from != nil && (s.from == nil || s.born < best.born) {
 			best = s
 		}
 	}
 	if best.from != nil {
-		r.incomplete.Add(1)
+		r.count.drop(incomplete, best.from.traffic)
 	}
 	if best.buf == nil {
 		best.buf = make([]byte, maxFrame)

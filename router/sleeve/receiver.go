@@ -33,7 +33,7 @@ type receiver struct {
 
 func (p *Path) newReceiver() *receiver {
 	r := &receiver{table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap}
-	r.frags.incomplete = &p.count.incomplete
+	r.frags.count = p.count
 	return r
 }
 
@@ -73,20 +73,25 @@ func (r *receiver) datagram(d []byte) error {
 	}
 	var h header
 	if !h.parse(d) {
-		r.count.malformed.Add(1)
+		r.count.drop(malformed, n.traffic)
 		return nil
 	}
 	if h.kind == kindProbe {
 		r.probe(t, n, &h, d)
 		return nil
 	}
+	packets := 1
+	if h.kind == kindFragment && !h.last {
+		packets = 0
+	}
+	n.traffic.rx.add(packets, len(d)-headerLen, h.flood, h.dst != t.self)
 	if h.src == t.self {
-		r.count.ownFrame.Add(1)
+		r.count.drop(own, n.traffic)
 		return nil
 	}
 	if h.flood {
 		if t.trees[h.src].parent != n {
-			r.count.wrongParent.Add(1)
+			r.count.drop(reversePath, n.traffic)
 			return nil
 		}
 		h.dst = t.self
@@ -114,42 +119,43 @@ func (r *receiver) piece(n *neighbour, h *header, body []byte) error {
 		return err
 	}
 	if h.kind == kindFrame {
-		return r.whole(h, body)
+		return r.whole(n, h, body)
 	}
 	if s := r.frags.add(n, h, body); s != nil {
 		defer s.reset()
-		return r.whole(&s.header, s.buf[:s.total])
+		return r.whole(n, &s.header, s.buf[:s.total])
 	}
 	return nil
 }
 
 // whole writes one whole frame.
-func (r *receiver) whole(h *header, data []byte) error {
+func (r *receiver) whole(n *neighbour, h *header, data []byte) error {
 	if len(data) < frame.EthernetLen || !h.coverageWithin(len(data)) {
-		r.count.malformed.Add(1)
+		r.count.drop(malformed, n.traffic)
 		return nil
 	}
 	putTapHeader(r.front[:], h, data, len(data))
 	r.parts[0], r.parts[1] = r.front[:], data[frame.AddrsLen:]
-	return r.write(r.parts[:])
+	return r.write(n, r.parts[:])
 }
 
 // flush writes the frame that the open run makes.
 func (r *receiver) flush() error {
-	if r.run.from == nil {
+	n := r.run.from
+	if n == nil {
 		return nil
 	}
 	parts, ok := r.run.finish()
 	if !ok {
-		r.count.incomplete.Add(1)
+		r.count.drop(incomplete, n.traffic)
 		return nil
 	}
-	return r.write(parts)
+	return r.write(n, parts)
 }
 
-// write hands a frame to the TAP. The kernel refuses what makes no sense to it,
+// write hands a frame from n to the TAP. The kernel refuses what makes no sense to it,
 // as when offsets point outside of the headers they should.
-func (r *receiver) write(parts [][]byte) error {
+func (r *receiver) write(n *neighbour, parts [][]byte) error {
 	err := r.out.writeFrame(parts)
 	switch {
 	case err == nil:
@@ -157,7 +163,7 @@ func (r *receiver) write(parts [][]byte) error {
 	case errors.Is(err, os.ErrClosed):
 		return err
 	default:
-		r.count.tapRefused.Add(1)
+		r.count.drop(tapRefused, n.traffic)
 	}
 	return nil
 }

@@ -73,21 +73,21 @@ func TestSealed(t *testing.T) {
 			w.receive(t, [][]byte{bad})
 		}
 		c := w.r.count
-		if n := c.forged.Load() + c.oldKey.Load() + c.unknownSender.Load() + c.replayed.Load(); n != uint64(len(ds)) || len(w.out) > 0 {
+		if n := c.dropped[forged].Load() + c.dropped[oldKey].Load() + c.dropped[unknownSender].Load() + c.dropped[replayed].Load(); n != uint64(len(ds)) || len(w.out) > 0 {
 			t.Errorf("%d of %d changed datagrams refused, %d frames arrive", n, len(ds), len(w.out))
 		}
 		w.receive(t, ds)
-		if len(w.out) == 0 || c.malformed.Load()+c.incomplete.Load() > 0 {
+		if len(w.out) == 0 || c.dropped[malformed].Load()+c.dropped[incomplete].Load() > 0 {
 			t.Errorf("%d frames arrive, %v", len(w.out), c.snapshot())
 		}
-		n, before := len(w.out), c.replayed.Load()
+		n, before := len(w.out), c.dropped[replayed].Load()
 		w.receive(t, again)
-		if len(w.out) > n || c.replayed.Load()-before != uint64(len(again)) {
+		if len(w.out) > n || c.dropped[replayed].Load()-before != uint64(len(again)) {
 			t.Errorf("%d frames arrive again, %v", len(w.out)-n, c.snapshot())
 		}
 		clear := newWire(1500).datagrams(p)
 		w.receive(t, clear)
-		if len(w.out) > n || c.unsealed.Load() != uint64(len(clear)) {
+		if len(w.out) > n || c.dropped[unsealed].Load() != uint64(len(clear)) {
 			t.Errorf("%d frames arrive in clear, %v", len(w.out)-n, c.snapshot())
 		}
 	}
@@ -98,7 +98,7 @@ func TestSealedForNobody(t *testing.T) {
 	ds := sealedWire(1500, sessions(t)).datagrams(testPlain(100))
 	w := newWire(1500)
 	w.receive(t, ds)
-	if len(w.out) > 0 || w.r.count.unknownSender.Load() != 1 {
+	if len(w.out) > 0 || w.r.count.dropped[unknownSender].Load() != 1 {
 		t.Errorf("%d frames arrive, %v", len(w.out), w.r.count.snapshot())
 	}
 }
@@ -130,7 +130,7 @@ func TestSealedAllocations(t *testing.T) {
 		}); n != 0 {
 			t.Errorf("%d bytes: %v allocations", len(p.data), n)
 		}
-		if c := w.r.count; c.forged.Load()+c.replayed.Load()+c.malformed.Load() > 0 {
+		if c := w.r.count; c.dropped[forged].Load()+c.dropped[replayed].Load()+c.dropped[malformed].Load() > 0 {
 			t.Errorf("counters %v", c.snapshot())
 		}
 	}

@@ -87,14 +87,14 @@ func (s *sender) frame(b []byte) error {
 	s.count.framesOut.Add(1)
 	p := &s.pkt
 	if !p.parse(b) {
-		s.count.badTags.Add(1)
+		s.count.drop(badTags, nil)
 		return nil
 	}
 	t := s.table.Load()
 	if !p.flood {
 		n := t.hops[p.dst]
 		if n == nil {
-			s.count.noRoute.Add(1)
+			s.count.drop(noPath, t.traffic[p.dst])
 			return nil
 		}
 		return s.emit(t.self, n)
@@ -130,7 +130,7 @@ func (s *sender) emit(self peer.ShortID, n *neighbour) error {
 		h = header{src: p.src, dst: p.dst, hops: p.hops, flood: p.flood, offload: p.offload}
 	}
 	if room < minFragment || (len(p.data)-1)/room*room > maxOffset {
-		s.count.tooBig.Add(1)
+		s.count.drop(tooBig, n.traffic)
 		return nil
 	}
 	n.fragmented++
@@ -154,6 +154,11 @@ func (s *sender) pieces(self peer.ShortID, n *neighbour, h header, headLen, size
 		}
 	}
 	head, body := data[:headLen], data[headLen:]
+	packets := 1
+	if h.kind == kindSegment {
+		packets = (len(body) + size - 1) / size
+	}
+	n.traffic.tx.add(packets, len(body)+packets*headLen, h.flood, h.dst != n.id)
 	for off := 0; off < len(body); off += size {
 		piece := body[off:min(off+size, len(body))]
 		h.offset, h.last = uint16(off), off+size >= len(body)
@@ -162,7 +167,7 @@ func (s *sender) pieces(self peer.ShortID, n *neighbour, h header, headLen, size
 		copy(d[headerLen:], head)
 		copy(d[headerLen+headLen:], piece)
 		if !n.seal(self, d) {
-			s.count.sendFailed.Add(1)
+			s.count.drop(sendFailed, n.traffic)
 			continue
 		}
 		if err := s.push(n, len(d)); err != nil {
@@ -267,7 +272,7 @@ func (s *sender) refused(i int, errno unix.Errno) int {
 	if errno == unix.EIO || errno == unix.EINVAL || errno == unix.EMSGSIZE {
 		s.refreshMTU(m.to)
 		if m.seg > m.to.maxDatagram() || errno == unix.EMSGSIZE {
-			s.count.tooBig.Add(1)
+			s.count.drop(tooBig, m.to.traffic)
 			return i + 1
 		}
 		if m.len > m.seg && !m.to.plain {
@@ -275,7 +280,7 @@ func (s *sender) refused(i int, errno unix.Errno) int {
 			return i
 		}
 	}
-	s.count.sendFailed.Add(1)
+	s.count.drop(sendFailed, m.to.traffic)
 	return i + 1
 }
 

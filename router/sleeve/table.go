@@ -26,6 +26,7 @@ type neighbour struct {
 	sockaddr sockaddr
 	overhead int           // of IP and UDP header, in bytes
 	keys     *seal.Session // nil: datagrams go in clear
+	traffic  *traffic
 
 	pathMTU atomic.Int32 // of the underlay, in bytes; 0 not known yet
 	proven  atomic.Int32 // largest IP packet whose frame arrived in one datagram; 0 not known
@@ -77,6 +78,7 @@ type table struct {
 	neighbours [ids]*neighbour
 	hops       [ids]*neighbour      // next hop by destination; nil: not by sleeve
 	trees      map[peer.ShortID]leg // by source
+	traffic    [ids]*traffic        // with each that ever was a neighbour; outlives the table
 }
 
 // leg is our place in the broadcast tree of a source.
@@ -111,7 +113,7 @@ func (p *Path) Apply(f overlay.Forwarding) error {
 // next builds the table for f, keeping the neighbours of t that are still the
 // same.
 func (t *table) next(f overlay.Forwarding, ipv4 bool) (*table, error) {
-	out := &table{self: f.Self, trees: make(map[peer.ShortID]leg, len(f.Trees))}
+	out := &table{self: f.Self, trees: make(map[peer.ShortID]leg, len(f.Trees)), traffic: t.traffic}
 	var errs []error
 	for i := range f.Neighbours {
 		id := f.Neighbours[i].ShortID
@@ -124,6 +126,10 @@ func (t *table) next(f overlay.Forwarding, ipv4 bool) (*table, error) {
 			errs = append(errs, err)
 			continue
 		}
+		if out.traffic[id] == nil {
+			out.traffic[id] = new(traffic)
+		}
+		n.traffic = out.traffic[id]
 		if old := t.neighbours[id]; old != nil && old.same(n) {
 			n = old
 		}

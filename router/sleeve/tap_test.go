@@ -209,12 +209,12 @@ func TestFlood(t *testing.T) {
 		none(t, fd[id])
 		stop[id]()
 	}
-	if n := hosts[3].path.Counters()["drop_wrong_parent"]; n != 1 {
-		t.Errorf("drop_wrong_parent is %d", n)
+	if n := hosts[3].path.Counters()["dropped_reverse_path"]; n != 1 {
+		t.Errorf("dropped_reverse_path is %d", n)
 	}
 	hosts[1].quiet(t)
 	hosts[2].quiet(t)
-	hosts[3].quiet(t, "drop_wrong_parent")
+	hosts[3].quiet(t, "dropped_reverse_path")
 }
 
 // Datagrams from strangers change a counter and nothing else.
@@ -266,10 +266,10 @@ func TestJunk(t *testing.T) {
 	none(t, in)
 	stop()
 	n := b.path.Counters()
-	if n["drop_unknown_sender"] != uint64(len(strangers)) || n["drop_malformed"] != uint64(len(malformed)) || n["frames_to_tap"] != 1 {
+	if n["dropped_unknown_sender"] != uint64(len(strangers)) || n["dropped_malformed"] != uint64(len(malformed)) || n["frames_to_tap"] != 1 {
 		t.Errorf("%d strangers and %d malformed counted as %v", len(strangers), len(malformed), n)
 	}
-	b.quiet(t, "drop_unknown_sender", "drop_malformed")
+	b.quiet(t, "dropped_unknown_sender", "dropped_malformed")
 }
 
 // What has no tags or nowhere to go is dropped at the TAP.
@@ -293,7 +293,7 @@ func TestNowhere(t *testing.T) {
 	arrival(t, in)
 	none(t, in)
 	stop()
-	if n := a.path.Counters(); n["drop_no_route"] != 1 || n["drop_bad_tags"] != 2 {
+	if n := a.path.Counters(); n["dropped_no_path"] != 1 || n["dropped_bad_tags"] != 2 {
 		t.Errorf("counters %v", n)
 	}
 }

@@ -163,6 +163,9 @@ func (s *Switch) rebuildLocked() {
 // bpf.Objects.Counters explains.
 func (s *Switch) Counters() (map[string]uint64, error) { return s.count.snapshot(), nil }
 
+// Traffic is empty: what is exchanged with others the sleeve carries and counts.
+func (s *Switch) Traffic() (map[peer.ShortID]overlay.Traffic, error) { return nil, nil }
+
 // Run carries frames until ctx ends, then closes the TAP, which vanishes with
 // it. It may be called once.
 func (s *Switch) Run(ctx context.Context) error {

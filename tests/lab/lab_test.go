@@ -178,8 +178,9 @@ func testSwitchIsBare(t *testing.T, l *Lab) {
 			err = fmt.Errorf("settings %v, on the machine %v", files, machine)
 		}
 		for _, f := range files {
-			if b, err := os.ReadFile(f); err != nil || string(b) != "0\n" {
-				return fmt.Errorf("%s of the switch is %q, %v", f, b, err)
+			b, e := os.ReadFile(f)
+			if string(b) != "0\n" {
+				err = errors.Join(err, e, fmt.Errorf("%s of the switch is %q", f, b))
 			}
 		}
 		return err

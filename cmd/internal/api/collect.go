@@ -80,7 +80,23 @@ func (s *Server) routerReport() *RouterReport {
 		s.cfg.Log.Warn("counters of the data path", "err", err)
 	}
 	r.OverlayDiagnostics.Sleeve = s.cfg.Sleeve()
+	r.OverlayDiagnostics.Peers = s.peerTraffic()
 	return r
+}
+
+func (s *Server) peerTraffic() []PeerTraffic {
+	all, err := s.cfg.Router.Traffic()
+	if err != nil {
+		s.cfg.Log.Warn("traffic by peer", "err", err)
+	}
+	out := make([]PeerTraffic, 0, len(all))
+	for _, t := range all {
+		out = append(out, PeerTraffic{
+			Peer: t.Peer.Name.String(), NickName: t.Peer.NickName, Path: t.Path,
+			Tx: Flow(t.Tx), Rx: Flow(t.Rx), Dropped: t.Dropped,
+		})
+	}
+	return out
 }
 
 func peerReport(rec peer.Record, topo peer.Snapshot, nick map[peer.Name]string) PeerReport {

@@ -3,6 +3,7 @@ package api
 import (
 	"cmp"
 	"net/http"
+	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -66,8 +67,37 @@ func (c *reportCollector) Collect(ch chan<- prometheus.Metric) {
 		"fastdp": r.Router.OverlayDiagnostics.FastDP, "sleeve": r.Router.OverlayDiagnostics.Sleeve,
 	} {
 		for event, n := range counters {
-			ch <- prometheus.MustNewConstMetric(prometheus.NewDesc("weave_frames_total", "Frames by data path and what became of them.", nil,
-				map[string]string{"path": path, "event": event}), prometheus.CounterValue, float64(n))
+			if reason, ok := strings.CutPrefix(event, "dropped_"); ok {
+				counter(ch, "weave_dropped_frames_total", "Frames dropped by data path and reason.", n,
+					map[string]string{"path": path, "reason": reason})
+				continue
+			}
+			counter(ch, "weave_frames_total", "Frames by data path and what became of them.", n,
+				map[string]string{"path": path, "event": event})
 		}
+	}
+	for _, t := range r.Router.OverlayDiagnostics.Peers {
+		t.collect(ch)
+	}
+}
+
+func counter(ch chan<- prometheus.Metric, name, help string, n uint64, labels map[string]string) {
+	ch <- prometheus.MustNewConstMetric(prometheus.NewDesc(name, help, nil, labels), prometheus.CounterValue, float64(n))
+}
+
+func (t *PeerTraffic) collect(ch chan<- prometheus.Metric) {
+	labels := func(more, value string) map[string]string {
+		return map[string]string{"peer": t.Peer, "nickname": t.NickName, "path": t.Path, more: value}
+	}
+	for direction, f := range map[string]Flow{"tx": t.Tx, "rx": t.Rx} {
+		l := labels("direction", direction)
+		counter(ch, "weave_path_packets_total", "Packets exchanged with a peer by a data path.", f.Packets, l)
+		counter(ch, "weave_path_bytes_total", "Bytes of the frames of these packets.", f.Bytes, l)
+		counter(ch, "weave_path_flooded_packets_total", "Packets of these that went to all peers.", f.Flooded, l)
+		counter(ch, "weave_path_relayed_packets_total", "Packets of these that the receiver was to pass on.", f.Relayed, l)
+	}
+	for reason, n := range t.Dropped {
+		counter(ch, "weave_path_dropped_frames_total", "Frames dropped on the way from or to a peer by reason.", n,
+			labels("reason", reason))
 	}
 }

@@ -84,10 +84,30 @@ type Connection struct {
 	encrypted bool   // frames over it are sealed
 }
 
-// OverlayDiagnostics holds the counters of the data paths.
+// OverlayDiagnostics holds the counters of the data paths: frames by event for
+// all peers, and what was exchanged with each.
 type OverlayDiagnostics struct {
 	FastDP map[string]uint64 `json:"fastdp"`
 	Sleeve map[string]uint64 `json:"sleeve"`
+	Peers  []PeerTraffic     `json:"peers"`
+}
+
+// PeerTraffic is what went to and came from a peer by one data path. Dropped
+// are frames by reason, where it is known whom they came from or were for.
+type PeerTraffic struct {
+	Peer     string
+	NickName string
+	Path     string // fastdp or sleeve
+	Tx, Rx   Flow
+	Dropped  map[string]uint64 `json:",omitempty"`
+}
+
+// Flow counts packets of frames one way, with super-frames as the packets they
+// stand for, and bytes of these frames.
+type Flow struct {
+	Packets, Bytes uint64
+	Flooded        uint64 // packets of these that went to all peers
+	Relayed        uint64 // packets of these that the receiver was to pass on to another peer
 }
 
 // MACReport is an endpoint known on the overlay.

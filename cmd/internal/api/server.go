@@ -153,6 +153,8 @@ func (s *Server) statusPart(w http.ResponseWriter, r *http.Request) error {
 		WriteTargets(w, rep.Router.Targets)
 	case "ipam":
 		WriteIPAM(w, rep.IPAM)
+	case "traffic":
+		WriteTraffic(w, rep.Router.OverlayDiagnostics.Peers)
 	default:
 		return &statusError{http.StatusNotFound, fmt.Errorf("status has no part %q", part)}
 	}

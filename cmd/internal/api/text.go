@@ -3,6 +3,7 @@ package api
 import (
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 )
@@ -154,6 +155,25 @@ func WritePeers(w io.Writer, ps []PeerReport) {
 			fmt.Fprintf(w, "   %s %-21s %-37s %s\n", arrow(c.Outbound), c.Address,
 				fmt.Sprintf("%s(%s)", c.Name, c.NickName), peerConnectionState(c))
 		}
+	}
+}
+
+// WriteTraffic writes a line for each peer and data path with what was
+// exchanged, then what was dropped on the way from or to it as reason=frames.
+func WriteTraffic(w io.Writer, ts []PeerTraffic) {
+	for _, t := range ts {
+		line := fmt.Sprintf("%-37s %-6s", fmt.Sprintf("%s(%s)", t.Peer, t.NickName), t.Path)
+		for _, way := range []struct {
+			name string
+			f    Flow
+		}{{"tx", t.Tx}, {"rx", t.Rx}} {
+			line += fmt.Sprintf(" %[1]s=%[2]d %[1]s_bytes=%[3]d %[1]s_flooded=%[4]d %[1]s_relayed=%[5]d",
+				way.name, way.f.Packets, way.f.Bytes, way.f.Flooded, way.f.Relayed)
+		}
+		for _, reason := range slices.Sorted(maps.Keys(t.Dropped)) {
+			line += fmt.Sprintf(" dropped_%s=%d", reason, t.Dropped[reason])
+		}
+		fmt.Fprintln(w, line)
 	}
 }
 

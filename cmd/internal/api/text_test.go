@@ -93,6 +93,20 @@ func TestPeersText(t *testing.T) {
 	}
 }
 
+func TestTrafficText(t *testing.T) {
+	got := text(func(b *strings.Builder) {
+		WriteTraffic(b, []PeerTraffic{{
+			Peer: "7a:00:00:00:00:02", NickName: "u2", Path: "sleeve",
+			Tx: Flow{Packets: 12, Bytes: 3400, Flooded: 2, Relayed: 1}, Rx: Flow{Packets: 5, Bytes: 600},
+			Dropped: map[string]uint64{"too_big": 3, "own": 1},
+		}})
+	})
+	want := "7a:00:00:00:00:02(u2)                 sleeve tx=12 tx_bytes=3400 tx_flooded=2 tx_relayed=1 rx=5 rx_bytes=600 rx_flooded=0 rx_relayed=0 dropped_own=1 dropped_too_big=3\n"
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
 func TestIPAMText(t *testing.T) {
 	got := text(func(b *strings.Builder) { WriteIPAM(b, sample().IPAM) })
 	want := `7a:00:00:00:00:01(u1)                       64 IPs (25.0% of total) (2 active)

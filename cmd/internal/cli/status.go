@@ -17,9 +17,9 @@ func statusCommands(e *env) []*cobra.Command {
 }
 
 func statusCommand(e *env) *cobra.Command {
-	parts := []string{"connections", "peers", "ipam", "targets"}
+	parts := []string{"connections", "peers", "ipam", "targets", "traffic"}
 	return &cobra.Command{
-		Use:   "status [connections|peers|ipam|targets]",
+		Use:   "status [connections|peers|ipam|targets|traffic]",
 		Short: "Show how the router is doing",
 		Long: `Show how the router is doing.
 
@@ -29,7 +29,12 @@ func statusCommand(e *env) *cobra.Command {
                             bytes, and the reason when a slower path is used
   weave status peers        all peers and the links they have
   weave status ipam         how much of the address range each peer holds
-  weave status targets      the peers this one was told to connect to`,
+  weave status targets      the peers this one was told to connect to
+  weave status traffic      a line for each peer and data path: packets and
+                            bytes sent and received, how many of the packets
+                            were flooded to all and how many were relayed (to
+                            be passed on by whoever received them), and the
+                            frames dropped, by reason`,
 		ValidArgs: parts,
 		Args:      quietArgs(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {

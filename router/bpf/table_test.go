@@ -62,3 +62,19 @@ func TestTablesKeepWhatTheyAreGiven(t *testing.T) {
 	}
 	b.must(b.Hops.Delete(10), b.Hops.Delete(10))
 }
+
+// However a map is read, all of it is.
+func TestTablesAreReadWhole(t *testing.T) {
+	const n = 3*batchLen + 7
+	b := newBench(t)
+	for i := range n {
+		b.must(b.Endpoints.Put(MAC{4, 0, 0, 0, byte(i >> 8), byte(i)}, Endpoint{Peer: uint16(i%4000 + 1)}))
+	}
+	batches, err := inBatches(b.objs.Endpoints, decodeEndpoint)
+	b.must(err)
+	single, err := oneByOne(b.objs.Endpoints, decodeEndpoint)
+	b.must(err)
+	if len(single) < n || !maps.Equal(batches, single) {
+		t.Errorf("%d entries in batches, %d one by one, %d and some more were put", len(batches), len(single), n)
+	}
+}

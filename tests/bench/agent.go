@@ -25,6 +25,7 @@ import (
 //	agent echo             answers datagrams until then
 //	agent blast ADDR SECS  sends datagrams to a sink as fast as it can
 //	agent ping ADDR SECS   sends one datagram to an echo and waits for the answer, again and again
+//	agent crowd N M        fills tables of fastdp with N endpoints on M peers and empties them, see crowdAgent
 //
 // sink and echo print "ready" first; all but echo end by printing a tally.
 const agentWord = "agent"
@@ -57,6 +58,14 @@ func agent(args []string) error {
 	runtime.LockOSThread()
 	if len(args) == 1 && (args[0] == "sink" || args[0] == "echo") {
 		return receive(netip.AddrPortFrom(netip.Addr{}, agentPort), args[0] == "echo", os.Stdin, os.Stdout)
+	}
+	if len(args) == 3 && args[0] == "crowd" {
+		endpoints, err1 := strconv.Atoi(args[1])
+		peers, err2 := strconv.Atoi(args[2])
+		if err := errors.Join(err1, err2); err != nil {
+			return fmt.Errorf("agent: %w", err)
+		}
+		return crowdAgent(crowd{endpoints, peers}, os.Stdin, os.Stdout)
 	}
 	if len(args) != 3 || (args[0] != "blast" && args[0] != "ping") {
 		return fmt.Errorf("agent %q: not made for typing", args)

@@ -27,7 +27,11 @@ func TestFlags(t *testing.T) {
 	if !slices.Equal(o.only.underlays, []string{"wire"}) || !slices.Equal(o.only.paths, allPaths()) || !slices.Equal(o.only.measures, []string{"tcp1", "udp"}) {
 		t.Errorf("%+v", o.only)
 	}
-	for _, bad := range [][]string{{"--only", "wine"}, {"--runs", "0"}, {"--seconds", "0"}, {"json"}} {
+	o, err = parse([]string{"--only", "fastdp,raw", "--endpoints", "100"}, io.Discard)
+	if err != nil || !slices.Equal(o.only.paths, []string{"fastdp", fullPath, "raw"}) {
+		t.Errorf("%+v, %v", o.only, err)
+	}
+	for _, bad := range [][]string{{"--endpoints", "100000"}, {"--endpoints", "1", "--peers", "0"}, {"--only", "wine"}, {"--runs", "0"}, {"--seconds", "0"}, {"json"}} {
 		if _, err := parse(bad, io.Discard); err == nil {
 			t.Errorf("%q is taken", bad)
 		}
@@ -218,7 +222,8 @@ func TestMeasures(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,sleeve,tcp1,udp,rtt")
+	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,sleeve,tcp1,udp,rtt",
+		"--endpoints", "1000", "--peers", "50")
 	cmd.Stderr = t.Output()
 	out, err := cmd.Output()
 	if err != nil {
@@ -228,7 +233,7 @@ func TestMeasures(t *testing.T) {
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 3 {
+	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 4 || r.Crowd == nil || r.Crowd.Endpoints != 1000 {
 		t.Fatalf("%s", out)
 	}
 	for _, p := range r.Underlays[0].Paths {
@@ -241,7 +246,7 @@ func TestMeasures(t *testing.T) {
 	if m := r.Underlays[0].Mesh; m == nil || m.RSSBytes < 1<<20 || m.LaunchSeconds <= 0 || m.MeshSeconds < m.LaunchSeconds {
 		t.Errorf("daemons: %+v", m)
 	}
-	if len(r.Bars) != 4 {
+	if len(r.Bars) != 8 {
 		t.Errorf("bars: %+v", r.Bars)
 	}
 }

@@ -6,6 +6,11 @@
 //	fastdp  ours, with real daemons
 //	sleeve  ours, daemons launched with --no-fastdp (for information)
 //
+// With --endpoints there is one more, fastdp-full: fastdp itself, while the
+// tables of both hosts hold that many endpoints on --peers peers besides its own.
+// They are put into the pinned tables before each of its measures and taken out
+// after it, without the daemon's knowledge.
+//
 // on two underlays: "super", virtual Ethernet that passes super-frames of up
 // to 64 KiB whole, and "wire", the same without segmentation, receive and
 // checksum offload, where every packet crosses as on a plain network card.
@@ -43,6 +48,7 @@ type options struct {
 	runs        int
 	seconds     int
 	weave       string
+	crowd       crowd // of fastdp-full, if it has endpoints
 	only        filter
 }
 
@@ -80,6 +86,8 @@ func parse(args []string, usage io.Writer) (options, error) {
 	fs.IntVar(&o.runs, "runs", 3, "rounds; figures are the medians over them")
 	fs.IntVar(&o.seconds, "seconds", 2, "length of a TCP measure in seconds; the others take half of it")
 	fs.StringVar(&o.weave, "weave", "", "measure this binary instead of building ./cmd/weave")
+	fs.IntVar(&o.crowd.Endpoints, "endpoints", 0, "measure fastdp with so many more endpoints in its tables, too")
+	fs.IntVar(&o.crowd.Peers, "peers", 500, "on so many more peers")
 	only := fs.String("only", "", "restrict to these, separated by commas: underlays ("+strings.Join(allUnderlays(), " ")+
 		"), paths ("+strings.Join(allPaths(), " ")+"), measures ("+strings.Join(allMeasures(), " ")+")")
 	if err := fs.Parse(args); err != nil {
@@ -94,8 +102,14 @@ func parse(args []string, usage io.Writer) (options, error) {
 	if o.seconds < 1 || o.seconds > 3600 {
 		return o, fmt.Errorf("--seconds %d: want 1 to 3600", o.seconds)
 	}
+	if o.crowd.Endpoints < 0 || o.crowd.Endpoints > 60000 || o.crowd.Peers < 1 || o.crowd.Peers > maxPeers {
+		return o, fmt.Errorf("--endpoints %d --peers %d: want at most 60000, and 1 to %d", o.crowd.Endpoints, o.crowd.Peers, maxPeers)
+	}
 	var err error
 	o.only, err = parseFilter(*only)
+	if i := slices.Index(o.only.paths, "fastdp"); i >= 0 && o.crowd.Endpoints > 0 {
+		o.only.paths = slices.Insert(slices.Clone(o.only.paths), i+1, fullPath)
+	}
 	return o, err
 }
 

@@ -73,6 +73,13 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 		u.Mesh = &s.mesh
 	}
 	for _, p := range s.paths {
+		if p.name == fullPath { // fastdp's servers are its own
+			if s.full, err = startCrowds(ctx, o.crowd, p.from.host, p.to.host); err != nil {
+				return nil, fmt.Errorf("path %s: %w", p.name, err)
+			}
+			defer func() { err = errors.Join(err, s.full.stop()) }()
+			continue
+		}
 		stop, err := s.serve(ctx, p)
 		if err != nil {
 			return nil, fmt.Errorf("path %s: %w", p.name, err)
@@ -85,7 +92,7 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 			for i := range s.paths {
 				// Each round begins with another path: none is always first.
 				i = (i + round) % len(s.paths)
-				if err := s.measure(ctx, s.paths[i], m, o.seconds, u.Paths[i].Rounds); err != nil {
+				if err := s.measureFilled(ctx, s.paths[i], m, o.seconds, u.Paths[i].Rounds); err != nil {
 					return nil, fmt.Errorf("%s over %s: %w", m, s.paths[i].name, err)
 				}
 			}
@@ -141,6 +148,18 @@ func (s *scene) serve(ctx context.Context, p path) (stop func(), err error) {
 		return nil, err
 	}
 	return stop, nil
+}
+
+// measureFilled is measure with the tables filled where that is what the path
+// is about.
+func (s *scene) measureFilled(ctx context.Context, p path, what string, seconds int, rounds map[string][]float64) error {
+	if p.name != fullPath {
+		return s.measure(ctx, p, what, seconds, rounds)
+	}
+	if err := s.full.do("fill"); err != nil {
+		return err
+	}
+	return errors.Join(s.measure(ctx, p, what, seconds, rounds), s.full.do("empty"))
 }
 
 // measure does one measurement and adds what comes out to rounds.

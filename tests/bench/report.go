@@ -20,13 +20,15 @@ const (
 	barMemory     = 30 << 20 // bytes, of an idle daemon among three
 	barLaunch     = 1.0      // seconds from `weave launch` to ready
 	barMesh       = 3.0      // seconds until three are connected
+	barCrowd      = 0.03     // share of fastdp's figures that full tables may cost
 )
 
 // report is what the bench prints.
 type report struct {
 	Machine   machine           `json:"machine"`
 	Runs      int               `json:"runs"`
-	Seconds   int               `json:"seconds"` // of a TCP measure
+	Seconds   int               `json:"seconds"`         // of a TCP measure
+	Crowd     *crowd            `json:"crowd,omitempty"` // of fastdp-full
 	Underlays []*underlayResult `json:"underlays"`
 	Ratios    []ratio           `json:"ratios"`
 	Bars      []bar             `json:"bars"`
@@ -64,6 +66,9 @@ type bar struct {
 
 func newReport(o options) *report {
 	r := &report{Runs: o.runs, Seconds: o.seconds, Machine: machine{CPUs: runtime.NumCPU()}}
+	if o.crowd.Endpoints > 0 {
+		r.Crowd = &o.crowd
+	}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		r.Machine.Kernel = unix.ByteSliceToString(u.Release[:])
@@ -96,7 +101,7 @@ func quantities() [][2]string {
 func (r *report) judge() {
 	for _, u := range r.Underlays {
 		for _, q := range quantities() {
-			for _, pair := range [][2]string{{"fastdp", "vxlan"}, {"fastdp", "raw"}, {"sleeve", "vxlan"}} {
+			for _, pair := range [][2]string{{"fastdp", "vxlan"}, {"fastdp", "raw"}, {"sleeve", "vxlan"}, {fullPath, "fastdp"}} {
 				if x, ok := compare(u, q[0], pair[0], pair[1]); ok {
 					r.Ratios = append(r.Ratios, x)
 				}
@@ -107,6 +112,9 @@ func (r *report) judge() {
 		if x.Quantity == "tcp1" && x.Path == "fastdp" && x.To == "vxlan" {
 			text := fmt.Sprintf("TCP 1 stream, underlay %s, fastdp / vxlan at least", x.Underlay)
 			r.Bars = append(r.Bars, bar{text, x.Median, barThroughput, x.Median >= barThroughput})
+		}
+		if x.Path == fullPath && x.Quantity != "rtt99" {
+			r.Bars = append(r.Bars, crowdBar(x))
 		}
 	}
 	var worst meshFigures
@@ -129,6 +137,15 @@ func (r *report) judge() {
 		b.Met = b.Value <= b.Bar
 		r.Bars = append(r.Bars, b)
 	}
+}
+
+// crowdBar judges what full tables cost.
+func crowdBar(x ratio) bar {
+	text := fmt.Sprintf("full tables, underlay %s, %s, fastdp-full / fastdp ", x.Underlay, x.Quantity)
+	if isMoreBetter(x.Quantity) {
+		return bar{text + "at least", x.Median, 1 - barCrowd, x.Median >= 1-barCrowd}
+	}
+	return bar{text + "at most", x.Median, 1 + barCrowd, x.Median <= 1+barCrowd}
 }
 
 func (r *report) missed() bool {
@@ -157,10 +174,14 @@ func compare(u *underlayResult, quantity, name, to string) (ratio, bool) {
 
 // best is the most of what flows and the least of what it costs.
 func best(quantity string, values []float64) float64 {
-	if quantity == "tcp1" || quantity == "tcp4" || quantity == "udp" {
+	if isMoreBetter(quantity) {
 		return slices.Max(values)
 	}
 	return slices.Min(values)
+}
+
+func isMoreBetter(quantity string) bool {
+	return quantity == "tcp1" || quantity == "tcp4" || quantity == "udp"
 }
 
 // median of at least one value.
@@ -181,6 +202,9 @@ func (r *report) writeText(out io.Writer) error {
 	fmt.Fprintf(w, "%s, %d CPUs, Linux %s; load before: %s\n", r.Machine.Processor, r.Machine.CPUs, r.Machine.Kernel, r.Machine.Load)
 	fmt.Fprintf(w, "medians of %d rounds, TCP %d s, others %g s; ratios: median of the rounds (range; best by best)\n", r.Runs, r.Seconds, float64(r.Seconds)/2)
 	fmt.Fprintln(w, "CPU: all that the machine worked meanwhile (/proc/stat), sender and receiver, per 10^9 bytes received")
+	if r.Crowd != nil {
+		fmt.Fprintf(w, "%s: fastdp while both hosts' tables hold besides its own %s\n", fullPath, r.Crowd)
+	}
 	for _, u := range r.Underlays {
 		fmt.Fprintln(w)
 		if err := r.writeTable(w, u); err != nil {
@@ -206,6 +230,9 @@ func (r *report) writeTable(out io.Writer, u *underlayResult) error {
 		fmt.Fprintf(w, "\t%s", p.Name)
 	}
 	columns := [][2]string{{"fastdp", "vxlan"}, {"fastdp", "raw"}}
+	if u.path(fullPath) != nil {
+		columns = append(columns, [2]string{fullPath, "fastdp"})
+	}
 	for _, c := range columns {
 		fmt.Fprintf(w, "\t%s / %s", c[0], c[1])
 	}

@@ -69,6 +69,7 @@ type scene struct {
 	weave string
 	paths []path
 	mesh  meshFigures
+	full  *crowds // of fastdp-full
 }
 
 // meshFigures are about the daemons of fastdp.
@@ -98,6 +99,8 @@ func buildScene(ctx context.Context, underlay, weave string, names []string) (s 
 			p, err = s.layVXLAN(ctx, l.Host("f1"), l.Host("f2"))
 		case "fastdp":
 			p, err = s.layOurs(ctx, "fastdp", l.Host("f1"), l.Host("f2"), l.Host("f3"))
+		case fullPath:
+			p = s.paths[len(s.paths)-1]
 		case "sleeve":
 			p, err = s.layOurs(ctx, "sleeve", l.Host("s1"), l.Host("s2"))
 		}

@@ -22,8 +22,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -32,6 +30,7 @@ import (
 	"weave.local/ipam"
 	"weave.local/peer/state"
 	"weave.local/proxy/docker"
+	"weave.local/proxy/unixsock"
 	"weave.local/router/attach"
 )
 
@@ -87,7 +86,7 @@ func New(cfg Config) (*Plugin, error) {
 	if cfg.Socket == "" || cfg.Attach == nil || cfg.Docker == nil || cfg.Watch == nil || cfg.Store == nil || cfg.Log == nil {
 		return nil, errors.New("plugin: incomplete configuration")
 	}
-	l, err := listen(cfg.Socket)
+	l, err := unixsock.Listen(cfg.Socket)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: %w", err)
 	}
@@ -107,31 +106,6 @@ func New(cfg Config) (*Plugin, error) {
 	}
 	p.register()
 	return p, nil
-}
-
-// listen binds a unix socket. A left-over one is removed: whoever finds it
-// dead would wait for it.
-func listen(path string) (*net.UnixListener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("%s is in the way: it is no socket", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	// The engine runs as root, and nobody else has business here.
-	if err := os.Chmod(path, 0o600); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return l, nil
 }
 
 // Close removes the socket.

@@ -33,6 +33,7 @@ import (
 
 	"weave.local/peer/state"
 	"weave.local/proxy/docker"
+	"weave.local/proxy/unixsock"
 	"weave.local/router/attach"
 )
 
@@ -147,7 +148,7 @@ func (p *Proxy) listen(addr string) error {
 		return err
 	}
 	if path, unix := strings.CutPrefix(url, schemeUnix); unix {
-		l, err := listenUnix(path)
+		l, err := unixsock.Listen(path)
 		if err != nil {
 			return err
 		}
@@ -167,25 +168,6 @@ func (p *Proxy) listen(addr string) error {
 	}
 	p.addresses = append(p.addresses, url)
 	return nil
-}
-
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("%s is in the way: it is no socket", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	return l, os.Chmod(path, 0o600)
 }
 
 // takeOwner gives our sockets the owner and the mode of the engine's: who may

@@ -38,24 +38,6 @@ func serveHTTP(ctx context.Context, l net.Listener, h http.Handler) error {
 	return nil
 }
 
-// listenControl makes the control socket, for root only. A socket left by a
-// daemon that was killed is replaced: the lock on the run folder says that
-// nobody serves it.
-func listenControl(path string) (net.Listener, error) {
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("old control socket: %w", err)
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("control socket: %w", err)
-	}
-	if err := os.Chmod(path, 0o600); err != nil {
-		_ = l.Close()
-		return nil, fmt.Errorf("control socket: %w", err)
-	}
-	return l, nil
-}
-
 // NotifySystemd tells a service manager that started us that we are ready
 // (sd_notify(3)); without one it does nothing.
 func NotifySystemd() {

@@ -24,6 +24,7 @@ import (
 	"weave.local/plugin"
 	"weave.local/proxy"
 	"weave.local/proxy/docker"
+	"weave.local/proxy/unixsock"
 	"weave.local/router"
 	"weave.local/router/attach"
 	"weave.local/router/firewall"
@@ -408,8 +409,8 @@ func (d *daemon) openAPI(context.Context) error {
 	}
 	d.api = api.New(cfg)
 	var err error
-	if d.control, err = listenControl(d.cfg.run(ControlSocket)); err != nil {
-		return err
+	if d.control, err = unixsock.Listen(d.cfg.run(ControlSocket)); err != nil {
+		return fmt.Errorf("control socket: %w", err)
 	}
 	d.undo.atEnd(func() { _ = d.control.Close(); _ = os.Remove(d.cfg.run(ControlSocket)) })
 	if d.cfg.StatusAddr == "" {

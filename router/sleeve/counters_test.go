@@ -2,10 +2,8 @@ package sleeve
 
 import (
 	"bytes"
-	"net"
-	"net/netip"
+	"slices"
 	"testing"
-	"time"
 
 	"weave.local/peer"
 	"weave.local/router/overlay"
@@ -27,28 +25,7 @@ func TestPeerTraffic(t *testing.T) {
 	a, b := running(t, 1500, 1426)
 	datagrams(t, a, b, b.addr4, 1) // addresses are resolved
 	before, beforeB := a.host.exchanged(t, 2), b.host.exchanged(t, 1)
-	var server, client *net.UDPConn
-	var err error
-	b.do(func() { server, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(b.addr4, 0))) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = server.Close() }()
-	a.do(func() { client, err = net.DialUDP("udp", nil, server.LocalAddr().(*net.UDPAddr)) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = client.Close() }()
-	buf := make([]byte, 2*size)
-	for range n {
-		if _, err := client.Write(buf[:size]); err != nil {
-			t.Fatal(err)
-		}
-		_ = server.SetReadDeadline(time.Now().Add(5 * time.Second))
-		if _, err := server.Read(buf); err != nil {
-			t.Fatal(err)
-		}
-	}
+	datagrams(t, a, b, b.addr4, slices.Repeat([]int{size}, n)...)
 	check := func(what string, before, after overlay.Flow) {
 		t.Helper()
 		packets, volume := after.Packets-before.Packets, after.Bytes-before.Bytes

@@ -15,7 +15,10 @@ import (
 type Adjacency struct {
 	Name     Name           // the other end
 	Outbound bool           // dialled by the announcing end
+	NoData   bool           // no data path works over it: messages pass, frames do not
 	Addr     netip.AddrPort // underlay address of the other end as seen from here; when Outbound, one where it listens
+
+	spare byte // flags of a later revision, handed on unread
 }
 
 // Record is what one peer announces to all: who it is and to whom it has live
@@ -46,14 +49,16 @@ type Record struct {
 //	  n bytes  nickname, printable UTF-8
 //	8 bytes  sequence number
 //	2 bytes  number of neighbours, at most MaxShortID
-//	each     6 bytes name, 1 byte flags (bit 0: outbound), 1 byte length of
-//	         the underlay address (0, 4 or 16), the address, 2 bytes port
+//	each     6 bytes name, 1 byte flags (bit 0: outbound, bit 1: no data path
+//	         works over the link), 1 byte length of the underlay address
+//	         (0, 4 or 16), the address, 2 bytes port
 //
-// What follows after the last neighbour belongs to later revisions of version
-// 1; it is kept and handed on.
+// Other flags belong to later revisions of version 1, and so does what follows
+// after the last neighbour; both are kept and handed on.
 const (
 	recordVersion = 1
 	flagOutbound  = 1
+	flagNoData    = 2
 	infoFixed     = nameOctets + 8 + 2 + 2 + 1
 	adjFixed      = nameOctets + 1 + 1 + 2
 
@@ -131,9 +136,12 @@ func AppendRecord(b []byte, r Record) []byte {
 	b = binary.BigEndian.AppendUint16(b, uint16(len(r.Neighbours)))
 	for _, a := range r.Neighbours {
 		b = appendName(b, a.Name)
-		var flags byte
+		flags := a.spare
 		if a.Outbound {
 			flags |= flagOutbound
+		}
+		if a.NoData {
+			flags |= flagNoData
 		}
 		raw := a.Addr.Addr().Unmap().WithZone("").AsSlice()
 		b = append(b, flags, byte(len(raw)))
@@ -202,7 +210,8 @@ func parseAdjacency(b []byte) (a Adjacency, rest []byte, err error) {
 		return a, nil, fmt.Errorf("neighbour: %w", errShort)
 	}
 	a.Name, b = cutName(b)
-	a.Outbound = b[0]&flagOutbound != 0
+	a.Outbound, a.NoData = b[0]&flagOutbound != 0, b[0]&flagNoData != 0
+	a.spare = b[0] &^ (flagOutbound | flagNoData)
 	l := int(b[1])
 	b = b[2:]
 	if len(b) < l+2 {

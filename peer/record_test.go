@@ -17,7 +17,7 @@ func sample() Record {
 		Neighbours: []Adjacency{
 			{Name: 1, Outbound: true, Addr: netip.MustParseAddrPort("192.0.2.1:6783")},
 			{Name: 2, Addr: netip.MustParseAddrPort("[2001:db8::1]:40000")},
-			{Name: 3},
+			{Name: 3, NoData: true},
 		},
 	}
 }
@@ -29,7 +29,7 @@ func TestRecordLayout(t *testing.T) {
 		"0000000000000009" + "0003" +
 		"000000000001" + "01" + "04" + "c0000201" + "1a7f" +
 		"000000000002" + "00" + "10" + "20010db8000000000000000000000001" + "9c40" +
-		"000000000003" + "00" + "00" + "0000"
+		"000000000003" + "02" + "00" + "0000"
 	if got := hex.EncodeToString(AppendRecord(nil, sample())); got != golden {
 		t.Errorf("got  %s\nwant %s", got, golden)
 	}
@@ -43,6 +43,7 @@ func TestRecordLayout(t *testing.T) {
 func TestRecordKeepsWhatItDoesNotKnow(t *testing.T) {
 	later := sample()
 	later.tail = []byte("more")
+	later.Neighbours[0].spare = 0x84
 	wire := AppendRecord(nil, later)
 	r, _, err := ParseRecord(wire)
 	if err != nil || !bytes.Equal(AppendRecord(nil, r), wire) {

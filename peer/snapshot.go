@@ -22,9 +22,11 @@ type graph struct {
 	self    int
 	first   []int // by destination: the neighbour to send to, -1 when there is no route
 	digest  uint64
+	frames  bool // only of links over which a data path works
 
-	mu    sync.Mutex // guards trees, which are computed when first asked for
+	mu    sync.Mutex // guards what follows, which is computed when first asked for
 	trees map[int]tree
+	data  *graph // of the links over which a data path works: this one when these are all
 }
 
 type tree struct {
@@ -35,9 +37,16 @@ type tree struct {
 
 func newGraph(self Name, records []Record) *graph {
 	slices.SortFunc(records, func(a, b Record) int { return int(a.Name) - int(b.Name) })
+	return linkUp(self, records, false)
+}
+
+// linkUp makes the graph of records in order, of all links or only of those
+// that frames can take.
+func linkUp(self Name, records []Record, frames bool) *graph {
 	g := &graph{
 		records: records,
 		words:   (len(records) + 63) / 64,
+		frames:  frames,
 		trees:   make(map[int]tree),
 	}
 	g.self, _ = g.index(self)
@@ -62,7 +71,7 @@ func (g *graph) connect() {
 			for j < len(g.records) && g.records[j].Name < a.Name {
 				j++
 			}
-			if j < len(g.records) && g.records[j].Name == a.Name {
+			if j < len(g.records) && g.records[j].Name == a.Name && (!a.NoData || !g.frames) {
 				claims[i*g.words+j/64] |= 1 << (j % 64)
 			}
 		}
@@ -212,6 +221,45 @@ func (s Snapshot) NextHop(dst Name) (Name, bool) {
 		return 0, false
 	}
 	return s.g.records[s.g.first[i]].Name, true
+}
+
+// FrameHop is NextHop for frames: over the fewest links on which both ends find
+// that a data path works. Where there is no such way it is NextHop, so that
+// frames take the way that messages have when no way is proven.
+//
+// Frames cannot circle between peers that know the same: those that the first
+// rule holds for are a part of the graph that frames do not leave, and all
+// others send towards that part.
+func (s Snapshot) FrameHop(dst Name) (Name, bool) {
+	if via, ok := s.frames().NextHop(dst); ok {
+		return via, true
+	}
+	return s.NextHop(dst)
+}
+
+// FrameTree is Tree for frames, with the rules of FrameHop.
+func (s Snapshot) FrameTree(source Name) (parent Name, children []Name, ok bool) {
+	if parent, children, ok = s.frames().Tree(source); ok {
+		return parent, children, true
+	}
+	return s.Tree(source)
+}
+
+// frames is the state without the links on which no data path works.
+func (s Snapshot) frames() Snapshot {
+	if s.g == nil {
+		return s
+	}
+	s.g.mu.Lock()
+	defer s.g.mu.Unlock()
+	if s.g.data == nil {
+		s.g.data = s.g
+		broken := func(a Adjacency) bool { return a.NoData }
+		if slices.ContainsFunc(s.g.records, func(r Record) bool { return slices.ContainsFunc(r.Neighbours, broken) }) {
+			s.g.data = linkUp(s.g.records[s.g.self].Name, s.g.records, true)
+		}
+	}
+	return Snapshot{s.g.data}
 }
 
 // Connected says whether both peers announce a link to each other.

@@ -362,3 +362,114 @@ func BenchmarkSnapshotOf1000(b *testing.B) {
 		top.Snapshot()
 	}
 }
+
+// without marks links as carrying no frames, as the first end announces them.
+func without(t *Topology, links ...[2]Name) Snapshot {
+	for _, l := range links {
+		e := t.records[l[0]]
+		for i, a := range e.Neighbours {
+			e.Neighbours[i].NoData = a.NoData || a.Name == l[1]
+		}
+	}
+	t.snap = nil
+	return t.Snapshot()
+}
+
+func TestFramesGoRoundLinksWithoutDataPath(t *testing.T) {
+	full := world{}
+	for a := Name(1); a <= 4; a++ {
+		for b := a + 1; b <= 4; b++ {
+			full.link(a, b)
+		}
+	}
+	s := without(full.topology(1), [2]Name{3, 1})
+	if via, ok := s.FrameHop(3); !ok || via != 2 {
+		t.Errorf("frames for 3 go to %v %v, want 2", via, ok)
+	}
+	if via, ok := s.NextHop(3); !ok || via != 3 {
+		t.Errorf("messages for 3 go to %v %v, want 3", via, ok)
+	}
+	if parent, _, ok := s.FrameTree(3); !ok || parent != 2 {
+		t.Errorf("floods of 3 come from %v %v, want 2", parent, ok)
+	}
+	if _, kids, _ := s.FrameTree(1); !slices.Equal(kids, []Name{2, 4}) {
+		t.Errorf("own floods go to %v", kids)
+	}
+	// Nobody finds a path to 3: everybody sends directly, as messages go.
+	s = without(full.topology(1), [2]Name{3, 1}, [2]Name{3, 2}, [2]Name{3, 4})
+	if via, ok := s.FrameHop(3); !ok || via != 3 {
+		t.Errorf("frames for 3 go to %v %v, want 3", via, ok)
+	}
+	if parent, _, ok := s.FrameTree(3); !ok || parent != 3 {
+		t.Errorf("floods of 3 come from %v %v, want 3", parent, ok)
+	}
+	if via, ok := s.FrameHop(4); !ok || via != 4 {
+		t.Errorf("frames for 4 go to %v %v", via, ok)
+	}
+	if _, ok := (Snapshot{}).FrameHop(1); ok {
+		t.Error("a way although nobody is known")
+	}
+}
+
+// Whatever links carry no frames: peers that know the same make no loop, every
+// frame arrives where messages would, and a flood reaches nobody twice.
+func TestFramesNeverCircle(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 4))
+	for range 300 {
+		w := world{}
+		n := Name(2 + r.IntN(9))
+		var broken [][2]Name
+		for a := Name(1); a <= n; a++ {
+			w[a] = append(w[a], nil...)
+			for b := Name(1); b < a; b++ {
+				if r.IntN(3) == 0 {
+					continue
+				}
+				w.link(a, b)
+				if r.IntN(2) == 0 {
+					broken = append(broken, [2]Name{a, b})
+				}
+			}
+		}
+		snaps := make(map[Name]Snapshot)
+		for a := Name(1); a <= n; a++ {
+			snaps[a] = without(w.topology(a), broken...)
+		}
+		for src := Name(1); src <= n; src++ {
+			for dst := Name(1); dst <= n; dst++ {
+				at := src
+				for hops := 0; at != dst; hops++ {
+					via, ok := snaps[at].FrameHop(dst)
+					if ok != snaps[src].Reaches(dst) || hops > int(n) {
+						t.Fatalf("%v, broken %v: from %v to %v: at %v after %d hops, way on %v", w, broken, src, dst, at, hops, ok)
+					}
+					if !ok {
+						break
+					}
+					at = via
+				}
+			}
+			flood(t, snaps, src)
+		}
+	}
+}
+
+// flood sends a flood of src along all children that take it from their parent.
+func flood(t *testing.T, snaps map[Name]Snapshot, src Name) {
+	t.Helper()
+	got := map[Name]int{}
+	next := []Name{src}
+	for len(next) > 0 {
+		at := next[0]
+		next = next[1:]
+		if got[at]++; got[at] > 1 {
+			t.Fatalf("flood of %v is at %v twice", src, at)
+		}
+		_, kids, _ := snaps[at].FrameTree(src)
+		for _, k := range kids {
+			if parent, _, _ := snaps[k].FrameTree(src); parent == at {
+				next = append(next, k)
+			}
+		}
+	}
+}

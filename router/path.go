@@ -1,6 +1,7 @@
 package router
 
 import (
+	"cmp"
 	"fmt"
 	"sort"
 	"time"
@@ -8,7 +9,10 @@ import (
 
 // Timing of probes. A path that stops carrying frames is left after deadAfter
 // plus one probe interval, below the five seconds users are promised; one that
-// comes back is used again after recoverAcks answers.
+// comes back is used again after recoverAcks answers. One that fell again soon
+// after it was used must answer for a while first, twice as long each time but
+// never longer than trialMost: together with probeSlow that stays below the ten
+// seconds in which users are promised the better path again.
 const (
 	probeEvery    = time.Second            // on a path in good order
 	probeFast     = 200 * time.Millisecond // while something is being found out
@@ -17,8 +21,12 @@ const (
 	deadAfter     = 2500 * time.Millisecond
 	answerIn      = 600 * time.Millisecond // a probe without answer for so long is lost
 	recoverAcks   = 3
-	sizeTries     = 3                // lost probes before a size is given up
-	raiseInterval = 60 * time.Second // how often a larger size is tried again (RFC 8899 PMTU_RAISE_TIMER is 600 s; an overlay's paths change faster)
+	trialFirst    = time.Second
+	trialMost     = 6 * time.Second
+	trialGap      = 1500 * time.Millisecond // a trial begins anew after so long without answer
+	calmAfter     = time.Minute             // a path that fell after so long a use is trusted as any
+	sizeTries     = 3                       // lost probes before a size is given up
+	raiseInterval = 60 * time.Second        // how often a larger size is tried again (RFC 8899 PMTU_RAISE_TIMER is 600 s; an overlay's paths change faster)
 )
 
 // smallProbe tells "the path is dead" from "the path is narrower than we
@@ -84,15 +92,19 @@ type pathState struct {
 	lastRaise time.Time
 	spread    time.Time // since when all sizes below trying are sent with it; zero: not yet
 	wasUp     bool
-	sendErr   string
-	reason    string // why the path is not up
+	upSince   time.Time
+	falls     int       // in a row, each less than calmAfter after the path was used again
+	trial     time.Time // since when answers come again; zero when none do, or the path is up
+	loss      loss
+	sendErr   string // of a probe that could not be sent, for deadAfter
+	erredAt   time.Time
 	barred    string // why it must not be used at all; empty when it may
 	absent    string // what this host lacks to have the path; empty when it has it
 	peerLacks string // the same of the other host, as that says
 }
 
 func newPathState(name string, now time.Time) *pathState {
-	return &pathState{name: name, pending: make(map[uint64]sentProbe), begun: now, reason: "not yet answered"}
+	return &pathState{name: name, pending: make(map[uint64]sentProbe), begun: now}
 }
 
 // usable says that frames pass in both directions.
@@ -102,14 +114,16 @@ func (p *pathState) usable() bool { return p.barred == "" && p.up && p.peerUp }
 // was forbidden has to prove itself again.
 func (p *pathState) bar(reason string, now time.Time) {
 	if p.barred == "" && reason != "" {
-		p.fall(now, "not yet answered")
+		p.fall(now)
+		p.lastAck = time.Time{}
 		clear(p.pending)
 	}
 	p.barred = reason
 }
 
-// why says in words why the path is not usable; empty when it is.
-func (p *pathState) why() string {
+// why says in words why the path is not usable, or only when there is no
+// better one; empty when it is good.
+func (p *pathState) why(now time.Time) string {
 	switch {
 	case p.barred != "":
 		return p.barred
@@ -117,19 +131,43 @@ func (p *pathState) why() string {
 		return p.sendErr
 	case !p.up && p.peerLacks != "":
 		return "no fast path on that host: " + p.peerLacks
+	case !p.up && !p.trial.IsZero():
+		return fmt.Sprintf("on trial: probes are answered for %s, want %s", seconds(now.Sub(p.trial)), seconds(p.trialTime()))
+	case !p.up && p.lastAck.IsZero():
+		return "not yet answered"
 	case !p.up:
-		return p.reason
+		return "no answer to probes for " + seconds(now.Sub(p.lastAck))
 	case !p.peerUp:
 		return "probes from the other side get no answer"
+	case p.loss.heavy:
+		return p.loss.String()
 	}
 	return ""
 }
 
+// seconds writes a time with a tenth of a second below a minute.
+func seconds(d time.Duration) string {
+	if d < time.Minute {
+		return fmt.Sprintf("%.1fs", d.Seconds())
+	}
+	return d.Truncate(time.Second).String()
+}
+
+// trialTime is how long a path that fell has to answer before it is used.
+func (p *pathState) trialTime() time.Duration {
+	t := time.Duration(0)
+	for i := 0; i < p.falls && t < trialMost; i++ {
+		t = max(trialFirst, 2*t)
+	}
+	return min(t, trialMost)
+}
+
 func (p *pathState) interval(now time.Time) time.Duration {
+	_, often := p.loss.watched(now)
 	switch {
-	case p.up && p.trying == p.mtu && p.lost == 0:
+	case p.up && p.loss.heavy, p.up && p.trying == p.mtu && p.lost == 0 && !often:
 		return probeEvery
-	case !p.up && now.Sub(p.begun) > fastPhase && p.acks == 0 && now.Sub(p.lastSmall) > deadAfter:
+	case !p.up && now.Sub(p.begun) > fastPhase && p.trial.IsZero():
 		return probeSlow
 	}
 	return probeFast
@@ -144,8 +182,15 @@ func (p *pathState) tick(now time.Time, limit int) []int {
 	p.setLimit(limit)
 	p.expire(now)
 	if p.up && now.Sub(p.lastAck) > deadAfter {
-		p.fall(now, fmt.Sprintf("no answer to probes for %.1fs", now.Sub(p.lastAck).Seconds()))
+		p.fall(now)
 	}
+	if !p.trial.IsZero() && now.Sub(p.lastAck) > trialGap {
+		p.trial = time.Time{}
+	}
+	if now.Sub(p.erredAt) > deadAfter {
+		p.sendErr = ""
+	}
+	p.loss.settle(now)
 	if p.limit == 0 || now.Sub(p.lastSent) < p.interval(now) {
 		return nil
 	}
@@ -160,10 +205,13 @@ func (p *pathState) tick(now time.Time, limit int) []int {
 // company is what is sent with a probe whose answer is in doubt: a small one,
 // and as soon as it looks as if only the size were the trouble, all common
 // sizes below, so that the one that passes is known when the other is given up.
+// Where small ones are lost as well it looks so later.
 func (p *pathState) company(now time.Time) []int {
+	watched, _ := p.loss.watched(now)
 	switch {
-	case p.trying <= smallProbe || p.up && p.trying == p.mtu && p.lost == 0:
+	case p.trying <= smallProbe, p.up && p.trying == p.mtu && p.lost == 0 && !watched:
 		return nil
+	case p.up && p.trying == p.mtu && p.lost <= p.loss.count():
 	case p.lost > 0 && p.up || now.Sub(p.lastSmall) < deadAfter:
 		if p.spread.IsZero() {
 			p.spread = now
@@ -204,9 +252,14 @@ func (p *pathState) expire(now time.Time) {
 		if s.size == p.trying {
 			p.lost++
 		}
+		if s.size <= max(p.mtu, smallProbe) {
+			p.loss.last = now
+		}
+		p.judge(s, true)
 	}
 	searched := !p.spread.IsZero() && (p.found > smallProbe || now.Sub(p.spread) > answerIn)
-	if p.lost >= sizeTries && searched && now.Sub(p.lastSmall) < deadAfter {
+	// Where small probes are lost as well, it takes more to blame the size.
+	if p.lost >= sizeTries+p.loss.count() && searched && now.Sub(p.lastSmall) < deadAfter {
 		p.narrow(p.trying)
 	}
 }
@@ -238,7 +291,7 @@ func (p *pathState) sent(token uint64, size int, now time.Time) {
 // that would have passed (0 when unknown), err the reason when it was not size.
 func (p *pathState) refused(size, fits int, err error) {
 	if err != nil {
-		p.sendErr = err.Error()
+		p.sendErr, p.erredAt = err.Error(), p.lastSent
 		return
 	}
 	if fits > 0 && fits < size {
@@ -261,6 +314,7 @@ func (p *pathState) ack(token uint64, now time.Time) {
 	if s.size <= smallProbe {
 		p.lastSmall = now
 	}
+	p.judge(s, false)
 	switch {
 	case s.size == p.trying:
 		p.mtu = s.size
@@ -270,11 +324,14 @@ func (p *pathState) ack(token uint64, now time.Time) {
 		p.found = max(p.found, s.size)
 		p.overtake(s)
 	}
-	if p.up || p.mtu == 0 {
+	if p.up {
 		return
 	}
-	if !p.wasUp || p.acks >= recoverAcks {
-		p.up, p.wasUp, p.reason = true, true, ""
+	if p.trial.IsZero() {
+		p.trial = now
+	}
+	if p.mtu > 0 && (!p.wasUp || p.acks >= recoverAcks && now.Sub(p.trial) >= p.trialTime()) {
+		p.up, p.wasUp, p.upSince, p.trial = true, true, now, time.Time{}
 	}
 }
 
@@ -288,8 +345,25 @@ func (p *pathState) overtake(s sentProbe) {
 	}
 }
 
-func (p *pathState) fall(now time.Time, reason string) {
-	p.up, p.mtu, p.acks, p.reason = false, 0, 0, reason
-	p.try(p.limit)
-	p.begun = now
+// judge counts a small probe. Those of before the path was used tell of a path
+// that was down.
+func (p *pathState) judge(s sentProbe, lost bool) {
+	if p.up && s.size <= smallProbe && !s.at.Before(p.upSince) {
+		p.loss.add(lost)
+	}
+}
+
+// fall ends the use of the path. The search for its size begins with what it
+// carried.
+func (p *pathState) fall(now time.Time) {
+	switch {
+	case !p.up:
+	case now.Sub(p.upSince) < calmAfter:
+		p.falls++
+	default:
+		p.falls = 0
+	}
+	p.try(cmp.Or(p.mtu, p.limit))
+	p.up, p.mtu, p.acks, p.begun = false, 0, 0, now
+	p.trial, p.loss = time.Time{}, loss{heavy: p.loss.heavy}
 }

@@ -17,6 +17,7 @@ type wire struct {
 	cut   bool
 	rtt   time.Duration
 	late  map[uint64]time.Time // answers on their way
+	loses func() bool          // a probe; nil: it does not
 	token uint64
 }
 
@@ -34,7 +35,7 @@ func (w *wire) run(d time.Duration) {
 		for _, size := range w.p.tick(w.now, w.limit) {
 			w.token++
 			w.p.sent(w.token, size, w.now)
-			if !w.cut && size <= w.mtu {
+			if !w.cut && size <= w.mtu && (w.loses == nil || !w.loses()) {
 				w.late[w.token] = w.now.Add(w.rtt)
 			}
 		}
@@ -78,7 +79,7 @@ func TestPathNeedsBothDirections(t *testing.T) {
 	if w.p.usable() {
 		t.Error("usable although the other side's frames do not arrive")
 	}
-	if w.p.why() == "" {
+	if w.p.why(w.now) == "" {
 		t.Error("no reason given")
 	}
 }
@@ -88,7 +89,7 @@ func TestCutPathFallsAndReturns(t *testing.T) {
 	w.run(10 * time.Second)
 	w.cut = true
 	w.until("down", 4*time.Second, func() bool { return !w.p.usable() })
-	if w.p.why() == "" {
+	if w.p.why(w.now) == "" {
 		t.Error("down without a reason")
 	}
 	w.run(10 * time.Minute)
@@ -97,8 +98,8 @@ func TestCutPathFallsAndReturns(t *testing.T) {
 	if took < probeFast {
 		t.Errorf("up again after %v: one answer is not enough for a path that failed", took)
 	}
-	if w.p.mtu != 1450 || w.p.why() != "" {
-		t.Errorf("after return: mtu %d, reason %q", w.p.mtu, w.p.why())
+	if w.p.mtu != 1450 || w.p.why(w.now) != "" {
+		t.Errorf("after return: mtu %d, reason %q", w.p.mtu, w.p.why(w.now))
 	}
 }
 
@@ -178,7 +179,7 @@ func TestSendErrorIsTheReason(t *testing.T) {
 	w.cut = true
 	w.run(time.Second)
 	w.p.refused(1450, 0, errors.New("network is unreachable"))
-	if got := w.p.why(); got != "network is unreachable" {
+	if got := w.p.why(w.now); got != "network is unreachable" {
 		t.Errorf("reason %q", got)
 	}
 }
@@ -202,8 +203,8 @@ func TestBarredPath(t *testing.T) {
 	w.p.bar("because", w.now)
 	sent := w.token
 	w.run(10 * time.Second)
-	if w.p.usable() || w.p.up || w.token != sent || w.p.why() != "because" {
-		t.Errorf("usable %v, up %v, %d probes, %q", w.p.usable(), w.p.up, w.token-sent, w.p.why())
+	if w.p.usable() || w.p.up || w.token != sent || w.p.why(w.now) != "because" {
+		t.Errorf("usable %v, up %v, %d probes, %q", w.p.usable(), w.p.up, w.token-sent, w.p.why(w.now))
 	}
 	w.p.bar("", w.now)
 	if w.p.usable() {

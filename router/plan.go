@@ -18,11 +18,11 @@ const settle = 5 * time.Second
 type view struct {
 	now        time.Time
 	self       peer.Info
-	neighbours []overlay.Neighbour  // peers with a live control link
-	paths      map[peer.Name]string // usable data path to each neighbour; absent when there is none
-	mtus       map[peer.Name]int    // proven on that path
-	peers      []peer.Info          // everybody in the link state, self included
-	nextHop    func(dst peer.Name) (peer.Name, bool)
+	neighbours []overlay.Neighbour                   // peers with a live control link
+	paths      map[peer.Name]string                  // usable data path to each neighbour; absent when there is none
+	mtus       map[peer.Name]int                     // proven on that path
+	peers      []peer.Info                           // everybody in the link state, self included
+	nextHop    func(dst peer.Name) (peer.Name, bool) // for frames, as is tree
 	tree       func(source peer.Name) (parent peer.Name, children []peer.Name, ok bool)
 }
 
@@ -37,6 +37,7 @@ type route struct {
 	direct string      // path while the peer was a neighbour; empty: it never was
 	proven int         // mtu of that path
 	spread []peer.Name // kids of that time
+	around bool        // there is a link to the peer, but frames go another way
 }
 
 // plan turns views into forwarding state and remembers what the views no
@@ -106,17 +107,20 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 		if !before {
 			return
 		}
-		if r.direct != "" && pl.justLost(p.Name, v.now) {
+		if r.direct != "" && !r.around && pl.justLost(p.Name, v.now) {
 			r.via, r.path, r.mtu, r.parent, r.kids = p.Name, r.direct, r.proven, p.Name, r.spread
 		}
 		pl.routes[p.Name] = r
 		return
 	}
-	if path := v.paths[via]; path != "" {
+	switch path := v.paths[via]; {
+	case path != "":
 		r.via, r.path, r.mtu = via, path, v.mtus[via]
-	} else if !before || r.via != via || !live[via] {
-		// A first route waits until its path is proven; a known one is
-		// kept while the new link's paths are still being probed.
+	case before && live[via] && (r.via == via || v.paths[r.via] != ""):
+		// What is known is kept while the link's paths are being probed.
+	case via == p.Name:
+		r.via, r.path, r.mtu = via, r.direct, r.proven // a first route waits until its path is proven
+	default:
 		r.via, r.path, r.mtu = via, "", 0
 	}
 	if parent, kids, ok := v.tree(p.Name); ok {
@@ -125,6 +129,7 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 	if r.via == p.Name {
 		r.direct, r.proven, r.spread = r.path, r.mtu, r.kids
 	}
+	r.around = live[p.Name] && r.via != p.Name
 	pl.routes[p.Name] = r
 }
 
@@ -166,7 +171,7 @@ func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
 		if r.path != "" && id(r.via) != 0 {
 			f.Hops[r.info.ShortID] = overlay.Hop{Via: id(r.via), Path: r.path, MTU: r.mtu}
 		}
-		tree := overlay.Tree{Parent: id(r.parent), Children: ids(r.kids, id)}
+		tree := overlay.Tree{Parent: id(r.parent), Children: ids(pl.straight(name), id)}
 		if tree.Parent != 0 {
 			f.Trees[r.info.ShortID] = tree
 		}
@@ -174,7 +179,7 @@ func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
 			silent = append(silent, r.info.ShortID)
 		}
 	}
-	own := ids(pl.routes[v.self.Name].kids, id)
+	own := ids(pl.straight(v.self.Name), id)
 	for _, s := range silent {
 		if !slices.Contains(own, s) {
 			own = append(own, s)
@@ -191,6 +196,13 @@ func (pl *plan) forwarding(v view, live map[peer.Name]bool) overlay.Forwarding {
 	}
 	slices.SortFunc(f.Neighbours, func(a, b overlay.Neighbour) int { return int(a.ShortID) - int(b.ShortID) })
 	return f
+}
+
+// straight are the neighbours that floods of source go on to, but for those to
+// which frames go through another neighbour just now: the copy would be a
+// second one to that one.
+func (pl *plan) straight(source peer.Name) []peer.Name {
+	return slices.DeleteFunc(slices.Clone(pl.routes[source].kids), func(n peer.Name) bool { return pl.routes[n].via != n })
 }
 
 // lawful is f without what a path must not do: neither carry frames to

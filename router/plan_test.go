@@ -219,6 +219,52 @@ func TestPlanKeepsTheRelayToAKilledDaemon(t *testing.T) {
 	hop(t, p.step(dead), c, b, overlay.FastDP)
 }
 
+// aroundView is fullView while no data path works over the link a-c: frames go
+// through b, messages as before.
+func aroundView() view {
+	v := cutView()
+	v.neighbours = fullView().neighbours
+	return v
+}
+
+func TestPlanGoesRoundALinkWithoutDataPath(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	v := aroundView()
+	f := p.step(v)
+	hop(t, f, c, b, overlay.FastDP)
+	if !isNeighbour(f, c) {
+		t.Error("c is no neighbour: nothing would notice that the path works again")
+	}
+	if kids := f.Trees[f.Self].Children; !slices.Equal(kids, []peer.ShortID{peer.ShortID(b)}) {
+		t.Errorf("own broadcasts go to %v", kids)
+	}
+	// The daemon of c dies: the direct way is no better than before.
+	v = deadView()
+	v.now = v.now.Add(time.Hour)
+	hop(t, p.step(v), c, b, overlay.FastDP)
+	// It comes back, and nobody knows yet that the link carries nothing.
+	back := fullView()
+	delete(back.paths, c)
+	f = p.step(back)
+	hop(t, f, c, b, overlay.FastDP)
+	if kids := f.Trees[f.Self].Children; !slices.Equal(kids, []peer.ShortID{peer.ShortID(b)}) {
+		t.Errorf("own broadcasts go to %v: b would get them twice", kids)
+	}
+	hop(t, p.step(fullView()), c, c, overlay.FastDP)
+}
+
+// No path to c works from anywhere, and then the link to the relay goes: what
+// was last known to work stands.
+func TestPlanFallsBackToTheDirectWay(t *testing.T) {
+	p := newPlan()
+	p.step(fullView())
+	p.step(aroundView())
+	v := fullView()
+	v.paths = nil
+	hop(t, p.step(v), c, c, overlay.FastDP)
+}
+
 func TestPlanForgets(t *testing.T) {
 	p := newPlan()
 	p.step(fullView())

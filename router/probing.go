@@ -3,6 +3,7 @@ package router
 import (
 	"cmp"
 	"errors"
+	"maps"
 	"time"
 
 	"weave.local/peer"
@@ -13,6 +14,11 @@ import (
 // reportEvery is how often a neighbour is told which paths it reaches us over;
 // changes are told at once.
 const reportEvery = time.Second
+
+// noDataAfter is how long no path to a neighbour may be usable before all peers
+// are told. It is longer than what lies between the fall of the one path and
+// that of the other, or of the link when it is the neighbour that died.
+const noDataAfter = 1500 * time.Millisecond
 
 // refresh takes over the neighbours of the mesh. A neighbour whose control
 // link was replaced keeps what is known of its paths.
@@ -46,7 +52,7 @@ func (r *Router) refresh(now time.Time) {
 }
 
 func (r *Router) newNeighbour(now time.Time) *neighbour {
-	n := &neighbour{}
+	n := &neighbour{carried: now}
 	for _, p := range r.paths {
 		n.paths = append(n.paths, newPathState(p.Name(), now))
 	}
@@ -88,7 +94,7 @@ func (r *Router) probe(now time.Time) bool {
 		}
 	}
 	r.report(now)
-	return r.choose()
+	return r.choose(now)
 }
 
 func (r *Router) dueProbes(now time.Time) []dueProbe {
@@ -209,19 +215,16 @@ func (r *Router) receive(from peer.Name, b []byte) {
 }
 
 // choose picks the best usable path to each neighbour and says whether any
-// choice or its MTU changed. With none usable the last choice stands: frames have no
-// better way to go.
-func (r *Router) choose() bool {
+// choice or its MTU changed. With none usable the last choice stands, until the
+// link state shows another way.
+func (r *Router) choose(now time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	changed := false
 	for _, n := range r.neighbours {
-		best, mtu := "", 0
-		for _, p := range n.paths {
-			if p.usable() {
-				best, mtu = p.name, p.mtu
-				break
-			}
+		best, mtu := n.best()
+		if best != "" {
+			n.carried = now
 		}
 		if mtu != n.mtu {
 			n.mtu, changed = mtu, true
@@ -229,15 +232,48 @@ func (r *Router) choose() bool {
 		if best == n.chosen {
 			continue
 		}
-		r.cfg.Log.Info("data path", "peer", n.Name, "was", n.chosen, "now", best, "reason", n.reason(best))
+		r.cfg.Log.Info("data path", "peer", n.Name, "was", n.chosen, "now", best, "reason", n.reason(best, now))
 		n.chosen, changed = best, true
 	}
 	return changed
 }
 
+// best is the first usable path with its MTU, one that loses much only when all
+// do; empty when none is usable.
+func (n *neighbour) best() (path string, mtu int) {
+	for _, p := range n.paths {
+		switch {
+		case !p.usable():
+		case !p.loss.heavy:
+			return p.name, p.mtu
+		case path == "":
+			path, mtu = p.name, p.mtu
+		}
+	}
+	return path, mtu
+}
+
+// tellNoData tells the mesh to which neighbours no data path works, when that
+// changed.
+func (r *Router) tellNoData(now time.Time) {
+	names := make(map[peer.Name]bool)
+	r.mu.Lock()
+	for name, n := range r.neighbours {
+		if n.chosen == "" && now.Sub(n.carried) > noDataAfter {
+			names[name] = true
+		}
+	}
+	same := maps.Equal(names, r.noData)
+	r.noData = names
+	r.mu.Unlock()
+	if !same {
+		r.cfg.Mesh.SetNoData(names)
+	}
+}
+
 // reason says why paths better than chosen are not used; empty when chosen is
 // the best there is.
-func (n *neighbour) reason(chosen string) string {
+func (n *neighbour) reason(chosen string, now time.Time) string {
 	out := ""
 	for _, p := range n.paths {
 		if p.name == chosen {
@@ -246,7 +282,7 @@ func (n *neighbour) reason(chosen string) string {
 		if out != "" {
 			out += "; "
 		}
-		out += p.name + ": " + p.why()
+		out += p.name + ": " + p.why(now)
 	}
 	return out
 }

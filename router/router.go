@@ -55,11 +55,14 @@ type Router struct {
 	nextID func() uint64
 	hold   bool
 
+	applied map[peer.ShortID]overlay.Hop // at last; of decide alone
+
 	mu         sync.Mutex // guards what follows; never held during I/O
 	neighbours map[peer.Name]*neighbour
 	byShortID  map[peer.ShortID]peer.Name
 	local      map[int]localPort
 	published  bool
+	noData     map[peer.Name]bool // neighbours that others are told no data path works to
 	plan       *plan
 	memory     memory
 	badEntries map[string]bool // endpoint entries already complained about
@@ -72,8 +75,9 @@ type neighbour struct {
 	paths    []*pathState // parallel to Router.paths
 	reported time.Time
 	told     byte
-	chosen   string // usable path in use, "" when none
-	mtu      int    // proven on the chosen path
+	chosen   string    // usable path in use, "" when none
+	mtu      int       // proven on the chosen path
+	carried  time.Time // when one was last usable; at first when the neighbour was met
 }
 
 type localPort struct {
@@ -246,7 +250,9 @@ func (r *Router) decide(ctx context.Context) error {
 			lastChange = time.Now()
 			due.within(coalesce)
 		case now := <-tick.C:
-			if r.probe(now) {
+			changed := r.probe(now)
+			r.tellNoData(now)
+			if changed {
 				lastChange = now
 				due.within(coalesce)
 			}
@@ -302,12 +308,25 @@ func (r *Router) apply(partial bool) error {
 	f := r.forwarding()
 	f.Partial = partial
 	var errs []error
-	for _, p := range r.all {
+	for _, p := range r.inOrder(f.Hops) {
 		if err := p.Apply(lawful(f, p.Name())); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", p.Name(), err))
 		}
 	}
+	r.applied = f.Hops
 	return errors.Join(errs...)
+}
+
+// inOrder are the data paths, and first those that hops are taken from: a
+// neighbour that two paths count as theirs would get floods twice.
+func (r *Router) inOrder(hops map[peer.ShortID]overlay.Hop) []overlay.Overlay {
+	left := make(map[string]int)
+	for dst, old := range r.applied {
+		if hops[dst].Path != old.Path {
+			left[old.Path]++
+		}
+	}
+	return slices.SortedStableFunc(slices.Values(r.all), func(a, b overlay.Overlay) int { return left[b.Name()] - left[a.Name()] })
 }
 
 func (r *Router) forwarding() overlay.Forwarding {
@@ -319,8 +338,8 @@ func (r *Router) forwarding() overlay.Forwarding {
 		self:    self,
 		paths:   make(map[peer.Name]string),
 		mtus:    make(map[peer.Name]int),
-		nextHop: topo.NextHop,
-		tree:    topo.Tree,
+		nextHop: topo.FrameHop,
+		tree:    topo.FrameTree,
 	}
 	for _, rec := range topo.Records() {
 		v.peers = append(v.peers, rec.Info)

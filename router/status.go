@@ -16,15 +16,23 @@ type PathStatus struct {
 	Path   string // path in use; empty while none is proven
 	MTU    int    // largest IP packet proven to pass on it, bytes
 	Reason string // why a better path is not in use; empty when none is better
+
+	// Via is the neighbour that relays frames to this one while no path to
+	// it works; 0 when none does.
+	Via peer.Name
 }
 
 // Paths returns the state of the path to each neighbour.
 func (r *Router) Paths() map[peer.Name]PathStatus {
+	now := time.Now()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := make(map[peer.Name]PathStatus, len(r.neighbours))
 	for name, n := range r.neighbours {
-		s := PathStatus{Peer: name, Path: n.chosen, Reason: n.reason(n.chosen)}
+		s := PathStatus{Peer: name, Path: n.chosen, Reason: n.reason(n.chosen, now)}
+		if way := r.plan.routes[name]; way.around && n.chosen == "" {
+			s.Via = way.via
+		}
 		for _, p := range n.paths {
 			if p.name == n.chosen {
 				s.MTU = p.mtu

@@ -25,26 +25,13 @@ type flow struct {
 func startFlow(t *testing.T, a, b *container) *flow {
 	t.Helper()
 	f := &flow{name: a.name + " to " + b.name}
-	listen := func(c *container) net.PacketConn {
-		t.Helper()
-		var conn net.PacketConn
-		err := c.DoIn(c.netns, func() error {
-			var err error
-			conn, err = new(net.ListenConfig).ListenPacket(t.Context(), "udp4", net.JoinHostPort(c.addr.Addr().String(), "0"))
-			return err
-		})
-		if err != nil {
-			t.Fatalf("flow %s: %v", f.name, err)
-		}
-		return conn
-	}
-	near, far := listen(a), listen(b)
+	near, far := a.listenUDP(t), b.listenUDP(t)
 	var wait sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(func() { cancel(); _ = near.Close(); _ = far.Close(); wait.Wait() })
 	wait.Go(func() { echo(far) })
 	wait.Go(func() { f.listen(near) })
-	wait.Go(func() { ask(ctx, near, far.LocalAddr()) })
+	wait.Go(func() { number(ctx, near, far.LocalAddr(), flowInterval) })
 	within(t, patience, "flow "+f.name, func() error {
 		if len(f.since(time.Time{})) == 0 {
 			return fmt.Errorf("no answer")
@@ -65,8 +52,9 @@ func echo(conn net.PacketConn) {
 	}
 }
 
-func ask(ctx context.Context, conn net.PacketConn, to net.Addr) {
-	tick := time.NewTicker(flowInterval)
+// number sends datagrams that are numbered until ctx ends.
+func number(ctx context.Context, conn net.PacketConn, to net.Addr, every time.Duration) {
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for n := uint64(0); ; n++ {
 		_, _ = conn.WriteTo(binary.BigEndian.AppendUint64(nil, n), to)

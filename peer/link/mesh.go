@@ -123,6 +123,7 @@ type Mesh struct {
 	readers   map[chan struct{}]struct{}
 	windows   map[peer.Name]*window // broadcasts seen, by source
 	lastSeq   uint64                // of our broadcasts
+	noData    map[peer.Name]bool    // neighbours over whose links no data path works
 	stale     bool                  // our record does not say what is
 	overtaken bool                  // a record under our name supersedes ours
 	twin      twin
@@ -221,6 +222,17 @@ func (m *Mesh) Subscribe() (<-chan struct{}, func()) {
 	}
 }
 
+// SetNoData says to which neighbours no data path works, instead of what it
+// said before. All peers learn it with the link state and let frames take
+// another way; messages and streams go on over those links. The map must not
+// be modified afterwards.
+func (m *Mesh) SetNoData(names map[peer.Name]bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.noData, m.stale = names, true
+	signal(m.kick)
+}
+
 func (m *Mesh) changedLocked() {
 	m.discovery = true
 	for ch := range m.readers {
@@ -291,7 +303,7 @@ func (m *Mesh) originateLocked() {
 	m.stale, m.overtaken = false, false
 	adj := make([]peer.Adjacency, 0, len(m.links))
 	for _, l := range m.links {
-		adj = append(adj, peer.Adjacency{Name: l.peer.Name, Outbound: l.outbound, Addr: l.remote})
+		adj = append(adj, peer.Adjacency{Name: l.peer.Name, Outbound: l.outbound, NoData: m.noData[l.peer.Name], Addr: l.remote})
 	}
 	rec := m.topo.SetLocal(m.self, adj)
 	m.floodLocked([]peer.Record{rec}, nil)

@@ -335,3 +335,34 @@ func TestOtherVersionIsRefusedInWords(t *testing.T) {
 		return len(c) == 1 && strings.Contains(c[0].Err, "versions 7 to 9, this one 1 to 1")
 	})
 }
+
+// A link without data path is one for messages only; all peers learn it, and
+// also when it is over.
+//
+//	1 - 2 - 3 and 1 - 3
+func TestNoDataIsToldToAll(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	one := h.start(1, nil)
+	two := h.start(2, []peer.Name{1})
+	three := h.start(3, []peer.Name{1, 2})
+	until(t, "links", 5*time.Second, meshed(2, one, two, three))
+	frames := func(n *node, to, via peer.Name) func() bool {
+		return func() bool {
+			got, ok := n.Topology().FrameHop(to)
+			return ok && got == via
+		}
+	}
+	three.SetNoData(map[peer.Name]bool{1: true})
+	until(t, "frames of 1 go through 2", time.Second, frames(one, 3, 2))
+	until(t, "frames of 3 go through 2", time.Second, frames(three, 1, 2))
+	until(t, "2 knows", time.Second, func() bool {
+		r, _ := two.Topology().Record(3)
+		return len(r.Neighbours) == 2 && r.Neighbours[0].NoData && !r.Neighbours[1].NoData
+	})
+	if via, _ := one.Topology().NextHop(3); via != 3 {
+		t.Errorf("messages for 3 go to %v", via)
+	}
+	three.SetNoData(nil)
+	until(t, "frames of 1 go directly", time.Second, frames(one, 3, 3))
+}

@@ -139,8 +139,8 @@ func (m *Mesh) handleFrame(l *link, typ byte, body []byte) error {
 		}
 	case typeBroadcast:
 		var c broadcast
-		if c, err = parseBroadcast(body); err == nil {
-			m.handleBroadcast(l, c)
+		if c, err = parseBroadcast(body); err == nil && m.acceptBroadcast(l, c) {
+			m.deliver(c.src, c.kind, c.payload)
 		}
 	case typeBye:
 		return errors.New("the other end closed the link: " + handshake.Printable(body))
@@ -194,16 +194,10 @@ func (m *Mesh) handleDatagram(from *link, d datagram) {
 	m.count.relayed.Add(1)
 }
 
-// handleBroadcast accepts a broadcast only from our parent in the tree of its
-// source: while routes change, peers disagree about trees, and without this
-// check one message becomes hundreds.
-func (m *Mesh) handleBroadcast(from *link, c broadcast) {
-	if !m.acceptBroadcast(from, c) {
-		return
-	}
-	m.deliver(c.src, c.kind, c.payload)
-}
-
+// acceptBroadcast hands a broadcast on and says whether it is for us, too. It
+// accepts it only from our parent in the tree of its source: while routes
+// change, peers disagree about trees, and without this check one message
+// becomes hundreds.
 func (m *Mesh) acceptBroadcast(from *link, c broadcast) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

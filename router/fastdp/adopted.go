@@ -5,5 +5,5 @@ package fastdp
 func (d *DataPath) Adopted() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.config.Self != 0
+	return d.deferred || d.config.Self != 0
 }

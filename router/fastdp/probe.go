@@ -55,12 +55,11 @@ func (d *DataPath) Probe(to peer.ShortID, token uint64, size int) error {
 	}
 	p := appendProbe(nil, self, to, token, min(size, maxProbeSize+1)) // which is too big
 	_, err = s.conn.Write(p)
-	if errors.Is(err, unix.ECONNREFUSED) { // the answer to the last one, which kept this one from leaving
-		_, err = s.conn.Write(p)
-	}
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(err, unix.ECONNREFUSED): // the answer to the last one, which kept this one from leaving
+		return fmt.Errorf("UDP port %d of %s is closed, or rejected by a firewall", d.cfg.Port, n.Remote)
 	case errors.Is(err, unix.EMSGSIZE):
 		return &overlay.TooBigError{MTU: max(0, s.pathMTU()-overhead(n.Remote))}
 	}

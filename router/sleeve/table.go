@@ -76,7 +76,7 @@ const ids = int(peer.MaxShortID) + 1
 type table struct {
 	self       peer.ShortID
 	neighbours [ids]*neighbour
-	hops       [ids]*neighbour      // next hop by destination; nil: not by sleeve
+	hops       [ids]*neighbour      // next hop by destination, of what the kernel hands over
 	trees      map[peer.ShortID]leg // by source
 	traffic    [ids]*traffic        // with each that ever was a neighbour; outlives the table
 }
@@ -94,9 +94,8 @@ func (t *table) neighbour(id peer.ShortID) *neighbour {
 	return t.neighbours[id]
 }
 
-// Apply makes f the state of the path. What it says of others than sleeve is
-// left out. A neighbour that cannot be served is named in the error; the rest
-// is applied all the same.
+// Apply makes f the state of the path. A neighbour that cannot be served is
+// named in the error; the rest is applied all the same.
 func (p *Path) Apply(f overlay.Forwarding) error {
 	p.applyMu.Lock()
 	t, err := p.table.Load().next(f, p.sock.ipv4)
@@ -136,9 +135,11 @@ func (t *table) next(f overlay.Forwarding, ipv4 bool) (*table, error) {
 		out.neighbours[id] = n
 	}
 	for dst, hop := range f.Hops {
-		if hop.Path == overlay.Sleeve && dst <= peer.MaxShortID {
+		// Whatever the path is by now: the kernel hands over what it met
+		// before it knew.
+		if dst <= peer.MaxShortID {
 			out.hops[dst] = out.neighbour(hop.Via)
-			if n := out.hops[dst]; n != nil {
+			if n := out.hops[dst]; n != nil && hop.Path == overlay.Sleeve {
 				n.proven.Store(int32(hop.MTU))
 			}
 		}

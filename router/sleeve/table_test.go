@@ -90,7 +90,7 @@ func TestForwardingRejects(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "4095") {
 		t.Errorf("short ids out of range: %v", err)
 	}
-	if n := got.neighbours[2]; n == nil || got.hops[6] != n || got.hops[5] != nil || got.hops[7] != nil {
+	if n := got.neighbours[2]; n == nil || got.hops[6] != n || got.hops[5] != nil || got.hops[7] != n {
 		t.Errorf("next hops %v %v %v, neighbour %v", got.hops[5], got.hops[6], got.hops[7], n)
 	}
 }

@@ -127,14 +127,22 @@ func (h *Host) Plug(ctx context.Context) error {
 
 // BlockUDP makes a firewall rule on the host that drops what comes for a UDP
 // port.
-func (h *Host) BlockUDP(ctx context.Context, port int) error {
-	h.blocks = append(h.blocks, blockRule(port))
-	return h.applyBlocks(ctx)
-}
+func (h *Host) BlockUDP(ctx context.Context, port int) error { return h.Block(ctx, blockRule(port)) }
 
 // UnblockUDP undoes BlockUDP.
 func (h *Host) UnblockUDP(ctx context.Context, port int) error {
-	h.blocks = slices.DeleteFunc(h.blocks, func(r string) bool { return r == blockRule(port) })
+	return h.Unblock(ctx, blockRule(port))
+}
+
+// Block adds a firewall rule, as nft(8) writes it, for what comes to the host.
+func (h *Host) Block(ctx context.Context, rule string) error {
+	h.blocks = append(h.blocks, rule)
+	return h.applyBlocks(ctx)
+}
+
+// Unblock takes the rule away again.
+func (h *Host) Unblock(ctx context.Context, rule string) error {
+	h.blocks = slices.DeleteFunc(h.blocks, func(r string) bool { return r == rule })
 	return h.applyBlocks(ctx)
 }
 

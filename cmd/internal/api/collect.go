@@ -41,7 +41,7 @@ func (s *Server) routerReport() *RouterReport {
 		Name:               self.Name.String(),
 		NickName:           self.NickName,
 		Port:               s.cfg.Port,
-		Connections:        s.connections(),
+		Connections:        s.connections(topo),
 		Targets:            s.cfg.Mesh.Targets(),
 		Interface:          s.cfg.Bridge,
 	}
@@ -51,10 +51,10 @@ func (s *Server) routerReport() *RouterReport {
 	for _, rec := range topo.Records() {
 		r.Peers = append(r.Peers, peerReport(rec, topo, nick))
 		name := rec.Name
-		if via, ok := topo.NextHop(name); ok {
+		if via, ok := topo.FrameHop(name); ok {
 			r.UnicastRoutes = append(r.UnicastRoutes, UnicastRoute{Dest: name.String(), Via: via.String()})
 		}
-		if _, kids, ok := topo.Tree(name); ok {
+		if _, kids, ok := topo.FrameTree(name); ok {
 			b := BroadcastRoute{Source: name.String(), Via: []string{}}
 			for _, k := range kids {
 				b.Via = append(b.Via, k.String())
@@ -115,7 +115,7 @@ func peerReport(rec peer.Record, topo peer.Snapshot, nick map[peer.Name]string) 
 
 // connections lists the links with the state of the data path over each, then
 // the targets that are not connected.
-func (s *Server) connections() []Connection {
+func (s *Server) connections(topo peer.Snapshot) []Connection {
 	paths := s.cfg.Router.Paths()
 	var out []Connection
 	all := s.cfg.Mesh.Connections()
@@ -127,7 +127,7 @@ func (s *Server) connections() []Connection {
 		row := Connection{Address: c.Addr, Outbound: c.Outbound, Attrs: map[string]string{}}
 		switch c.State {
 		case link.Connected:
-			s.connected(&row, c, paths[c.Peer.Name])
+			s.connected(&row, c, paths[c.Peer.Name], topo)
 		case link.Connecting:
 			row.State = "connecting"
 		case link.Retrying:
@@ -144,7 +144,7 @@ func (s *Server) connections() []Connection {
 	return out
 }
 
-func (s *Server) connected(row *Connection, c link.Connection, p router.PathStatus) {
+func (s *Server) connected(row *Connection, c link.Connection, p router.PathStatus, topo peer.Snapshot) {
 	row.State = "pending"
 	path := p.Path
 	if path != "" {
@@ -155,6 +155,9 @@ func (s *Server) connected(row *Connection, c link.Connection, p router.PathStat
 	}
 	if p.Reason != "" {
 		row.Attrs["reason"] = p.Reason
+	}
+	if relay, ok := topo.Record(p.Via); ok {
+		row.Attrs["relay"] = relay.String()
 	}
 	row.path, row.encrypted = p.Path, c.Sealed
 	row.Info = fmt.Sprintf("%-6s %s", path, c.Peer)

@@ -26,7 +26,8 @@ func statusCommand(e *env) *cobra.Command {
   weave status              overview of all services
   weave status connections  a line for each connection: direction, address,
                             state, data path, peer, and attributes: mtu in
-                            bytes, and the reason when a slower path is used
+                            bytes, the reason when a slower path is used, and
+                            the relay when no path works but through that peer
   weave status peers        all peers and the links they have
   weave status ipam         how much of the address range each peer holds
   weave status targets      the peers this one was told to connect to

@@ -342,6 +342,13 @@ func testOtherLayout(t *testing.T, l *lab.Lab, ss []*stream) {
 		t.Errorf("programs in the kernel before: %q, after: %q", programs, got)
 	}
 	undisturbed(t, ss, "other layout", 3*time.Second)
+	// The new maps count from zero: programs that met frames with empty
+	// tables would show here.
+	for _, name := range []string{"dropped_no_path", "dropped_not_neighbour", "dropped_unknown_mac"} {
+		if n := weave(t, u1, "report", "-f", fmt.Sprintf("{{index .Router.OverlayDiagnostics.FastDP %q}}", name)); n != "0" {
+			t.Errorf("%s: %s of the new programs, want 0", name, n)
+		}
+	}
 }
 
 // iperf is a TCP connection between two containers over which iperf3 sends.
@@ -386,6 +393,10 @@ func (r *iperf) end(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = r.client.Wait() // it was interrupted: what it says counts
+	if err := r.server.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = r.server.Wait()
 	var said struct {
 		Intervals []struct {
 			Sum struct{ Bytes, Start, End float64 }

@@ -48,7 +48,7 @@ func TestOutlivesTheDaemon(t *testing.T) {
 	launchAll(t, l)
 	cs := threeContainers(t, l)
 	run := startIperf(t, cs[0], cs[2], 3600, "-b", "200M")
-	streams := []*stream{startStream(t, cs[0], cs[2]), startStream(t, cs[2], cs[0]), startStream(t, cs[1], cs[0])}
+	streams := []*numbered{startNumbered(t, cs[0], cs[2]), startNumbered(t, cs[2], cs[0]), startNumbered(t, cs[1], cs[0])}
 	u1 := l.Host("u1")
 	step(t, "killed", func(t *testing.T) {
 		must(t, u1, "kill", "-9", daemonPID(t, u1))
@@ -114,36 +114,45 @@ func cyclesWanted(t *testing.T) int {
 // block is a way to block the fast path between two hosts.
 type block struct {
 	name   string
-	rule   string // added to what it is about
+	reject bool   // by the receiving host, which lets frames on the direct way pass; else dropped underway
 	to, fr bool   // what u1 sends to u3; what u3 sends to u1
 	reason string // that u1 shows
 }
 
 func blocks() []block {
 	return []block{
-		{"drop", "drop", true, true, "no answer to probes for"},
-		{"reject", "reject", true, true, "closed, or rejected by a firewall"},
-		{"drop from u1", "drop", true, false, "no answer to probes for"},
-		{"drop to u1", "drop", false, true, "probes from the other side get no answer"},
-		{"reject from u1", "reject", true, false, "closed, or rejected by a firewall"},
+		{"drop", false, true, true, "no answer to probes for"},
+		{"reject", true, true, true, "closed, or rejected by a firewall"},
+		{"drop from u1", false, true, false, "no answer to probes for"},
+		{"drop to u1", false, false, true, "probes from the other side get no answer"},
+		{"reject from u1", true, true, false, "closed, or rejected by a firewall"},
 	}
 }
 
 // set blocks, or frees, the ports between the hosts.
-func (b block) set(t *testing.T, u1, u3 *lab.Host, ports string, on bool) {
+func (b block) set(t *testing.T, l *lab.Lab, ports string, on bool) {
 	t.Helper()
+	u1, u3 := l.Host("u1"), l.Host("u3")
 	for _, w := range []struct {
 		on       bool
-		at, from *lab.Host
-	}{{b.to, u3, u1}, {b.fr, u1, u3}} {
+		from, to *lab.Host
+	}{{b.to, u1, u3}, {b.fr, u3, u1}} {
 		if !w.on {
 			continue
 		}
-		do := w.at.Unblock
-		if on {
-			do = w.at.Block
+		match := fmt.Sprintf("udp dport { %s }", ports)
+		var err error
+		switch reject := fmt.Sprintf("ip saddr %s %s reject", w.from.Addr, match); {
+		case b.reject && on:
+			err = w.to.Block(t.Context(), reject)
+		case b.reject:
+			err = w.to.Unblock(t.Context(), reject)
+		case on:
+			err = l.Drop(t.Context(), w.from, w.to, match)
+		default:
+			err = l.Undrop(t.Context(), w.from, w.to, match)
 		}
-		if err := do(t.Context(), fmt.Sprintf("ip saddr %s udp dport { %s } %s", w.from.Addr, ports, b.rule)); err != nil {
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -175,24 +184,24 @@ func (ts times) String() string {
 
 // testCycles blocks and frees the fast path between u1 and u3.
 func testCycles(t *testing.T, l *lab.Lab, cs []*container, cycles int) {
-	u1, u3 := l.Host("u1"), l.Host("u3")
-	streams := []*stream{startStream(t, cs[0], cs[2]), startStream(t, cs[2], cs[0])}
-	untouched := startStream(t, cs[0], cs[1])
-	cycle(t, u1, u3, streams, []*stream{untouched}, cycles)
+	streams := []*numbered{startNumbered(t, cs[0], cs[2]), startNumbered(t, cs[2], cs[0])}
+	untouched := startNumbered(t, cs[0], cs[1])
+	cycle(t, l, streams, []*numbered{untouched}, cycles)
 }
 
-func cycle(t *testing.T, u1, u3 *lab.Host, streams, untouched []*stream, cycles int) {
+func cycle(t *testing.T, l *lab.Lab, streams, untouched []*numbered, cycles int) {
 	t.Helper()
+	u1, u3 := l.Host("u1"), l.Host("u3")
 	var down, up, gaps, calm times
 	for i := range cycles {
 		b := blocks()[i%len(blocks())]
 		begin := time.Now()
-		b.set(t, u1, u3, "6784", true)
+		b.set(t, l, "6784", true)
 		within(t, fallbackBar, b.name+": u1 on sleeve", func() error { return onPath(t.Context(), u1, u3, "sleeve", b.reason) })
 		within(t, fallbackBar, b.name+": u3 on sleeve", func() error { return onPath(t.Context(), u3, u1, "sleeve", "") })
 		down = append(down, time.Since(begin))
 		begin = time.Now()
-		b.set(t, u1, u3, "6784", false)
+		b.set(t, l, "6784", false)
 		within(t, backBar, b.name+": u1 on fastdp", func() error { return onPath(t.Context(), u1, u3, "fastdp", "") })
 		within(t, backBar, b.name+": u3 on fastdp", func() error { return onPath(t.Context(), u3, u1, "fastdp", "") })
 		up = append(up, time.Since(begin))
@@ -215,13 +224,13 @@ func cycle(t *testing.T, u1, u3 *lab.Host, streams, untouched []*stream, cycles 
 
 // testCyclesWithRelay does the same while u2 reaches u3 only through u1.
 func testCyclesWithRelay(t *testing.T, l *lab.Lab, cs []*container) {
-	u1, u2, u3 := l.Host("u1"), l.Host("u2"), l.Host("u3")
+	u2, u3 := l.Host("u2"), l.Host("u3")
 	if err := l.Cut(t.Context(), u2, u3); err != nil {
 		t.Fatal(err)
 	}
 	within(t, patience, "u2 with one connection", func() error { return on(t.Context(), u2, 1, "fastdp") })
-	streams := []*stream{startStream(t, cs[1], cs[2]), startStream(t, cs[2], cs[1]), startStream(t, cs[0], cs[2])}
-	cycle(t, u1, u3, streams, []*stream{startStream(t, cs[1], cs[0])}, 3)
+	streams := []*numbered{startNumbered(t, cs[1], cs[2]), startNumbered(t, cs[2], cs[1]), startNumbered(t, cs[0], cs[2])}
+	cycle(t, l, streams, []*numbered{startNumbered(t, cs[1], cs[0])}, 3)
 	testBroadcast(t, []*container{cs[1], cs[2], cs[0]})
 	if err := l.Heal(t.Context(), u2, u3); err != nil {
 		t.Fatal(err)
@@ -233,17 +242,21 @@ func testCyclesWithRelay(t *testing.T, l *lab.Lab, cs []*container) {
 // testHeavyLoss: the fast path loses 40 % of what u1 sends to u3, and only that.
 func testHeavyLoss(t *testing.T, l *lab.Lab, cs []*container) {
 	u1, u3 := l.Host("u1"), l.Host("u3")
-	rule := []string{"INPUT", "-s", u1.Addr.String(), "-p", "udp", "--dport", "6784", "-m", "statistic", "--mode", "random", "--probability", "0.4", "-j", "DROP"}
-	s := startStream(t, cs[0], cs[2])
+	const some = "udp dport 6784 numgen random mod 100 < 40"
+	s := startNumbered(t, cs[0], cs[2])
 	begin := time.Now()
-	must(t, u3, append([]string{"iptables", "-I"}, rule...)...)
+	if err := l.Drop(t.Context(), u1, u3, some); err != nil {
+		t.Fatal(err)
+	}
 	within(t, time.Minute, "u1 on sleeve", func() error { return onPath(t.Context(), u1, u3, "sleeve", "% of probes are lost") })
 	t.Logf("left after %s, gap %s", time.Since(begin).Round(time.Millisecond), s.mark())
 	if err := onPath(t.Context(), u3, u1, "fastdp", ""); err != nil {
 		t.Errorf("the other direction loses nothing: %v", err)
 	}
 	begin = time.Now()
-	must(t, u3, append([]string{"iptables", "-D"}, rule...)...)
+	if err := l.Undrop(t.Context(), u1, u3, some); err != nil {
+		t.Fatal(err)
+	}
 	within(t, time.Minute, "u1 on fastdp", func() error { return onPath(t.Context(), u1, u3, "fastdp", "") })
 	t.Logf("used again after %s, gap %s", time.Since(begin).Round(time.Millisecond), s.mark())
 }
@@ -252,11 +265,11 @@ func testHeavyLoss(t *testing.T, l *lab.Lab, cs []*container) {
 // path. u2 relays.
 func testNoDataPath(t *testing.T, l *lab.Lab, cs []*container) {
 	u1, u2, u3 := l.Host("u1"), l.Host("u2"), l.Host("u3")
-	streams := []*stream{startStream(t, cs[0], cs[2]), startStream(t, cs[2], cs[0])}
-	untouched := startStream(t, cs[0], cs[1])
+	streams := []*numbered{startNumbered(t, cs[0], cs[2]), startNumbered(t, cs[2], cs[0])}
+	untouched := startNumbered(t, cs[0], cs[1])
 	for _, b := range blocks()[:3] {
 		begin := time.Now()
-		b.set(t, u1, u3, "6783, 6784", true)
+		b.set(t, l, "6783, 6784", true)
 		for _, ends := range [][2]*lab.Host{{u1, u3}, {u3, u1}} {
 			within(t, patience, "relayed", func() error { return relayedBy(t.Context(), ends[0], ends[1], u2) })
 		}
@@ -270,13 +283,13 @@ func testNoDataPath(t *testing.T, l *lab.Lab, cs []*container) {
 		gapsAtMost(t, streams, "relayed", smooth)
 
 		begin = time.Now()
-		b.set(t, u1, u3, "6783, 6784", false)
+		b.set(t, l, "6783, 6784", false)
 		established(t, l, backBar)
 		t.Logf("%s: direct again after %s", b.name, time.Since(begin).Round(time.Millisecond))
 		allReach(t, cs...)
 		gapsAtMost(t, streams, "direct again", smooth)
 	}
-	gapsAtMost(t, []*stream{untouched}, "untouched", smooth)
+	gapsAtMost(t, []*numbered{untouched}, "untouched", smooth)
 }
 
 // relayedBy returns an error unless a host shows that frames to another go
@@ -296,7 +309,7 @@ func relayedBy(ctx context.Context, h, to, by *lab.Host) error {
 }
 
 // gapsAtMost checks how long streams were silent since the last time.
-func gapsAtMost(t *testing.T, ss []*stream, when string, limit time.Duration) {
+func gapsAtMost(t *testing.T, ss []*numbered, when string, limit time.Duration) {
 	t.Helper()
 	for _, s := range ss {
 		gap := s.mark()
@@ -308,7 +321,7 @@ func gapsAtMost(t *testing.T, ss []*stream, when string, limit time.Duration) {
 }
 
 // undisturbed watches streams for a while: none pauses.
-func undisturbed(t *testing.T, ss []*stream, when string, watch time.Duration) {
+func undisturbed(t *testing.T, ss []*numbered, when string, watch time.Duration) {
 	t.Helper()
 	select {
 	case <-time.After(watch):
@@ -320,7 +333,7 @@ func undisturbed(t *testing.T, ss []*stream, when string, watch time.Duration) {
 // testOtherLayout: the daemon of u1 is followed by one whose maps are laid out
 // otherwise. The maps of the first one get the name that another layout would
 // have.
-func testOtherLayout(t *testing.T, l *lab.Lab, ss []*stream) {
+func testOtherLayout(t *testing.T, l *lab.Lab, ss []*numbered) {
 	u1 := l.Host("u1")
 	programs := programsOf(t, u1)
 	weave(t, u1, "stop")

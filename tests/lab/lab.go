@@ -59,6 +59,7 @@ type Lab struct {
 	extra   []*Host // machines behind hosts
 	cuts    map[[2]string]bool
 	narrow  map[[2]string]int // MTU between two ports
+	drops   []string          // rules of the switch
 	janitor *janitor
 }
 

@@ -102,6 +102,23 @@ func (l *Lab) Narrow(ctx context.Context, a, b *Host, mtu int) error {
 	return l.applyCuts(ctx)
 }
 
+// Drop makes the switch drop what matches, as nft(8) writes it, on its way from
+// one host to another.
+func (l *Lab) Drop(ctx context.Context, from, to *Host, match string) error {
+	l.drops = append(l.drops, dropRule(from, to, match))
+	return l.applyCuts(ctx)
+}
+
+// Undrop undoes Drop.
+func (l *Lab) Undrop(ctx context.Context, from, to *Host, match string) error {
+	l.drops = slices.DeleteFunc(l.drops, func(r string) bool { return r == dropRule(from, to, match) })
+	return l.applyCuts(ctx)
+}
+
+func dropRule(from, to *Host, match string) string {
+	return fmt.Sprintf("iifname %q oifname %q %s drop\n", from.port(), to.port(), match)
+}
+
 func (l *Lab) applyCuts(ctx context.Context) error {
 	rules := &strings.Builder{}
 	rules.WriteString("table bridge lab {}\ndelete table bridge lab\ntable bridge lab { chain cut { type filter hook forward priority 0;\n")
@@ -110,6 +127,9 @@ func (l *Lab) applyCuts(ctx context.Context) error {
 	}
 	for c, mtu := range l.narrow {
 		fmt.Fprintf(rules, "iifname %q oifname %q ip length > %d drop\niifname %q oifname %q ip length > %d drop\n", c[0], c[1], mtu, c[1], c[0], mtu)
+	}
+	for _, r := range l.drops {
+		rules.WriteString(r)
 	}
 	rules.WriteString("}\n}\n")
 	return run(ctx, l.sw.ns("net"), strings.NewReader(rules.String()), "nft", "-f", "-")

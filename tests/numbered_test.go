@@ -10,12 +10,12 @@ import (
 	"time"
 )
 
-// streamInterval is the time between two datagrams of a stream.
-const streamInterval = 5 * time.Millisecond
+// numberedInterval is the time between two of these datagrams.
+const numberedInterval = 5 * time.Millisecond
 
-// stream is numbered datagrams from one container to another all the time. It
+// numbered is datagrams from one container to another all the time. It
 // knows which came twice and how long none came.
-type stream struct {
+type numbered struct {
 	name string
 
 	mu      sync.Mutex
@@ -25,10 +25,10 @@ type stream struct {
 	longest time.Duration // between two since the last mark
 }
 
-// startStream runs until the test ends, which fails if a datagram came twice.
-func startStream(t *testing.T, a, b *container) *stream {
+// startNumbered runs until the test ends, which fails if a datagram came twice.
+func startNumbered(t *testing.T, a, b *container) *numbered {
 	t.Helper()
-	s := &stream{name: a.name + " to " + b.name, seen: make(map[uint64]bool), last: time.Now()}
+	s := &numbered{name: a.name + " to " + b.name, seen: make(map[uint64]bool), last: time.Now()}
 	near, far := a.listenUDP(t), b.listenUDP(t)
 	var wait sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
@@ -43,7 +43,7 @@ func startStream(t *testing.T, a, b *container) *stream {
 		t.Logf("stream %s: %d datagrams, %d twice", s.name, len(s.seen), len(s.twice))
 	})
 	wait.Go(func() { s.listen(far) })
-	wait.Go(func() { number(ctx, near, far.LocalAddr(), streamInterval) })
+	wait.Go(func() { number(ctx, near, far.LocalAddr(), numberedInterval) })
 	within(t, patience, "stream "+s.name, func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -71,7 +71,7 @@ func (c *container) listenUDP(t *testing.T) net.PacketConn {
 	return conn
 }
 
-func (s *stream) listen(conn net.PacketConn) {
+func (s *numbered) listen(conn net.PacketConn) {
 	buf := make([]byte, 64)
 	for {
 		n, _, err := conn.ReadFrom(buf)
@@ -96,7 +96,7 @@ func (s *stream) listen(conn net.PacketConn) {
 
 // mark returns the longest time without a datagram since the last mark, up to
 // now.
-func (s *stream) mark() time.Duration {
+func (s *numbered) mark() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	longest := max(s.longest, time.Since(s.last))

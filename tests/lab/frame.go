@@ -16,6 +16,8 @@ type Tap struct {
 	mac   net.HardwareAddr
 }
 
+const tapBuffer = 16 << 20 // bytes
+
 // Tap opens a device in the network namespace whose file, on the host, is
 // netns; "" for the host's own.
 func (h *Host) Tap(netns, device string) (*Tap, error) {
@@ -29,6 +31,10 @@ func (h *Host) Tap(netns, device string) (*Tap, error) {
 		t.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(swap(unix.ETH_P_ALL)))
 		if err != nil {
 			return fmt.Errorf("packet socket: %w", err)
+		}
+		// Room for what a busy device sees while a busy machine lets the reader wait.
+		if err := unix.SetsockoptInt(t.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, tapBuffer); err != nil {
+			return fmt.Errorf("packet socket: buffer: %w", err)
 		}
 		return unix.Bind(t.fd, &unix.SockaddrLinklayer{Protocol: swap(unix.ETH_P_ALL), Ifindex: t.index})
 	}

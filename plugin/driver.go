@@ -60,53 +60,63 @@ func (p *Plugin) createNetwork(_ context.Context, q networkRequest) (empty, erro
 		return empty{}, err
 	}
 	generic, _ := q.Options[genericOptions].(map[string]any)
-	multicast := false
-	if v, ok := generic[docker.OptionMulticast]; ok {
-		var err error
-		if multicast, err = boolOption(docker.OptionMulticast, v); err != nil {
-			return empty{}, err
-		}
+	t, err := traitsOf(generic)
+	if err != nil {
+		return empty{}, err
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.multicast[q.NetworkID] = multicast
+	p.networks[q.NetworkID] = t
 	return empty{}, nil
+}
+
+// traits are what a user may choose for a network.
+type traits struct {
+	multicast bool // its containers get a route for multicast
+	anySource bool // its containers may send from any address
+}
+
+func traitsOf[V any](options map[string]V) (t traits, err error) {
+	for name, field := range map[string]*bool{docker.OptionMulticast: &t.multicast, docker.AnySource: &t.anySource} {
+		if v, ok := options[name]; ok {
+			if *field, err = boolOption(name, v); err != nil {
+				return traits{}, err
+			}
+		}
+	}
+	return t, nil
 }
 
 func (p *Plugin) deleteNetwork(_ context.Context, q networkRequest) (empty, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	delete(p.multicast, q.NetworkID)
+	delete(p.networks, q.NetworkID)
 	return empty{}, nil
 }
 
-// hasMulticast says whether containers of a network get a route for multicast.
-// The engine does not repeat the options of networks after a restart, but it
-// answers at any time when asked.
-func (p *Plugin) hasMulticast(ctx context.Context, network string) bool {
-	if p.cfg.NoMulticastRoute {
-		return false
-	}
+// traits returns what was chosen for a network. The engine does not repeat the
+// options of networks after a restart, but it answers at any time when asked.
+func (p *Plugin) traits(ctx context.Context, network string) traits {
 	p.mu.Lock()
-	on, known := p.multicast[network]
+	t, known := p.networks[network]
 	p.mu.Unlock()
 	if known {
-		return on
+		return t
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
 	defer cancel()
 	n, err := p.cfg.Docker.InspectNetwork(ctx, network)
 	if err != nil {
-		p.cfg.Log.Warn("plugin: options of the network are not known, no multicast route", "network", network, "err", err)
-		return false
+		p.cfg.Log.Warn("plugin: options of the network are not known: none taken", "network", network, "err", err)
+		return traits{}
 	}
-	if v, ok := n.Options[docker.OptionMulticast]; ok {
-		on, _ = boolOption(docker.OptionMulticast, v)
+	if t, err = traitsOf(n.Options); err != nil {
+		p.cfg.Log.Warn("plugin: options of the network make no sense: none taken", "network", network, "err", err)
 	}
 	p.mu.Lock()
-	p.multicast[network] = on
+	p.networks[network] = t
 	p.mu.Unlock()
-	return on
+	return t
 }
 
 func (p *Plugin) createEndpoint(ctx context.Context, q endpointRequest) (endpointAnswer, error) {
@@ -147,7 +157,13 @@ func (p *Plugin) makeEndpoint(ctx context.Context, q endpointRequest, addr netip
 			return err
 		}
 	}
-	e, err := p.cfg.Attach.CreateEndpoint(ctx, attach.EndpointSpec{ID: q.EndpointID, MAC: mac, Addrs: []netip.Prefix{addr}})
+	anySource := p.traits(ctx, q.NetworkID).anySource
+	if v, ok := q.Options[docker.AnySource]; ok {
+		if anySource, err = boolOption(docker.AnySource, v); err != nil {
+			return err
+		}
+	}
+	e, err := p.cfg.Attach.CreateEndpoint(ctx, attach.EndpointSpec{ID: q.EndpointID, MAC: mac, Addrs: []netip.Prefix{addr}, AnySource: anySource})
 	if err != nil {
 		return err
 	}
@@ -240,7 +256,7 @@ func (p *Plugin) join(ctx context.Context, q joinRequest) (joinAnswer, error) {
 	if err := p.cfg.Attach.JoinEndpoint(ctx, q.EndpointID, q.SandboxKey); err != nil {
 		return a, err
 	}
-	if p.hasMulticast(ctx, q.NetworkID) && p.enterSandbox(q.SandboxKey, q.EndpointID) {
+	if !p.cfg.NoMulticastRoute && p.traits(ctx, q.NetworkID).multicast && p.enterSandbox(q.SandboxKey, q.EndpointID) {
 		a.StaticRoutes = []staticRoute{{Destination: multicastRange, RouteType: connected}}
 	}
 	return a, nil

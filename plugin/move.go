@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"weave.local/proxy/docker"
+	"weave.local/router/attach"
 )
 
 const (
@@ -23,8 +24,11 @@ const (
 func (p *Plugin) register() {
 	p.cfg.Watch.OnConnect(func(_ context.Context, all []docker.Container) {
 		for _, c := range all {
-			if text, ok := c.Labels[docker.Choice]; ok {
+			text, chosen := c.Labels[docker.Choice]
+			if chosen {
 				p.noteLabel(c.Name(), text)
+			}
+			if chosen || docker.AllowsAnySource(c.Labels) {
 				p.move(c.ID)
 			}
 		}
@@ -42,7 +46,7 @@ func (p *Plugin) register() {
 				p.move(e.ID)
 			}
 		case docker.ActionStart:
-			if labelled || p.expected() {
+			if labelled || docker.AllowsAnySource(e.Attributes) || p.expected() {
 				p.move(e.ID)
 			}
 		case docker.ActionDestroy:
@@ -119,6 +123,9 @@ func (p *Plugin) moveAll(ctx context.Context) error {
 				if err := p.settle(ctx, id); err != nil && ctx.Err() == nil {
 					p.cfg.Log.Warn("plugin: networks chosen by a container", "container", id, "err", err)
 				}
+				if err := p.allow(ctx, id); err != nil && ctx.Err() == nil {
+					p.cfg.Log.Warn("plugin: container may send from its own addresses only", "container", id, "err", err)
+				}
 				return nil
 			})
 		}
@@ -177,4 +184,29 @@ func (p *Plugin) settle(ctx context.Context, id string) error {
 		}
 	}
 	return nil
+}
+
+// allow lets a running container send from any source if its label says so. The
+// endpoints are new at each start, so this is done each time.
+func (p *Plugin) allow(ctx context.Context, id string) error {
+	ctx, cancel := context.WithTimeout(ctx, dockerLimit)
+	defer cancel()
+	info, err := p.cfg.Docker.InspectContainer(ctx, id)
+	if docker.IsNotFound(err) {
+		return nil
+	} else if err != nil || !docker.AllowsAnySource(info.Config.Labels) {
+		return err
+	}
+	var errs []error
+	for _, a := range p.cfg.Attach.List() {
+		if a.Kind != attach.KindEndpoint {
+			continue
+		}
+		for _, n := range info.NetworkSettings.Networks {
+			if n.EndpointID == a.ID {
+				errs = append(errs, p.cfg.Attach.AllowAnySource(ctx, a.ID))
+			}
+		}
+	}
+	return errors.Join(errs...)
 }

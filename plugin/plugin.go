@@ -69,7 +69,7 @@ type Plugin struct {
 	making   chan struct{} // capacity 1: held while networks are made
 
 	mu        sync.Mutex               // guards what follows; never held during I/O
-	multicast map[string]bool          // option of networks, by id
+	networks  map[string]traits        // of networks, by id
 	sandboxes map[string]string        // endpoint that has the multicast route, by sandbox
 	pending   map[netip.Addr]time.Time // handed out, not yet on an endpoint
 	suspects  map[string]time.Time     // seems left over since then; by address or endpoint
@@ -96,7 +96,7 @@ func New(cfg Config) (*Plugin, error) {
 		wake:      make(chan struct{}, 1),
 		ready:     make(chan struct{}),
 		making:    make(chan struct{}, 1),
-		multicast: make(map[string]bool),
+		networks:  make(map[string]traits),
 		sandboxes: make(map[string]string),
 		pending:   make(map[netip.Addr]time.Time),
 		suspects:  make(map[string]time.Time),

@@ -153,6 +153,7 @@ func (e *extras) add(ctx context.Context, id string) error {
 		NetNS: fmt.Sprintf("/proc/%d/ns/net", info.State.Pid),
 		// The engine's own endpoint has it already.
 		NoMulticastRoute: true,
+		AnySource:        docker.AllowsAnySource(info.Config.Labels),
 	}, reqs)
 	if errors.Is(err, netdev.ErrNoNamespace) {
 		return nil // it has ended meanwhile

@@ -12,21 +12,29 @@ import (
 func TestEndpointRoundTrip(t *testing.T) {
 	mac := overlay.MAC{2, 0, 0, 0, 0, 9}
 	addrs := []netip.Prefix{netip.MustParsePrefix("10.32.0.1/12"), netip.MustParsePrefix("fd00::1/64")}
-	ep, seq, err := parseEndpoint(string(mac[:]), encodeEndpoint(77, addrs))
-	if err != nil || seq != 77 || ep.MAC != mac || !slices.Equal(ep.Addrs, addrs) {
-		t.Errorf("got %v %d %v", ep, seq, err)
+	for _, anySource := range []bool{false, true} {
+		b := encodeEndpoint(77, overlay.Endpoint{Addrs: addrs, AnySource: anySource})
+		for _, b := range [][]byte{b, append(b, 0xff)} { // a flag of ours, or a field of a later version
+			ep, seq, err := parseEndpoint(string(mac[:]), b)
+			if err != nil || seq != 77 || ep.MAC != mac || !slices.Equal(ep.Addrs, addrs) {
+				t.Errorf("got %v %d %v", ep, seq, err)
+			}
+		}
+		if ep, _, _ := parseEndpoint(string(mac[:]), b); ep.AnySource != anySource {
+			t.Errorf("any source %t came out as %t", anySource, ep.AnySource)
+		}
 	}
 }
 
 func FuzzParseEndpoint(f *testing.F) {
-	f.Add("\x02\x00\x00\x00\x00\x09", encodeEndpoint(1, []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}))
+	f.Add("\x02\x00\x00\x00\x00\x09", encodeEndpoint(1, overlay.Endpoint{Addrs: []netip.Prefix{netip.MustParsePrefix("10.0.0.1/8")}}))
 	f.Fuzz(func(t *testing.T, key string, b []byte) {
 		ep, seq, err := parseEndpoint(key, b)
 		if err != nil {
 			return
 		}
-		again, seq2, err := parseEndpoint(key, encodeEndpoint(seq, ep.Addrs))
-		if err != nil || seq2 != seq || !slices.Equal(again.Addrs, ep.Addrs) {
+		again, seq2, err := parseEndpoint(key, encodeEndpoint(seq, ep))
+		if err != nil || seq2 != seq || !slices.Equal(again.Addrs, ep.Addrs) || again.AnySource != ep.AnySource {
 			t.Errorf("%x: %v %d, again %v %d %v", b, ep, seq, again, seq2, err)
 		}
 	})

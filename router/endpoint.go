@@ -18,15 +18,19 @@ import (
 //	1 byte   number of IP addresses, at most maxAddrs
 //	each     1 byte length of the address (4 or 16), the address, 1 byte
 //	         length of its subnet's prefix
+//	1 byte   flags, may be missing: bit 0 any source (overlay.Endpoint)
+//
+// What follows is ignored, so that fields can be added.
 const (
 	endpointVersion = 1
 	maxAddrs        = 64
+	flagAnySource   = 1
 )
 
 var errEndpoint = errors.New("malformed endpoint")
 
-func encodeEndpoint(seq uint64, addrs []netip.Prefix) []byte {
-	addrs = addrs[:min(len(addrs), maxAddrs)]
+func encodeEndpoint(seq uint64, ep overlay.Endpoint) []byte {
+	addrs := ep.Addrs[:min(len(ep.Addrs), maxAddrs)]
 	b := []byte{endpointVersion}
 	b = binary.BigEndian.AppendUint64(b, seq)
 	b = append(b, byte(len(addrs)))
@@ -35,6 +39,9 @@ func encodeEndpoint(seq uint64, addrs []netip.Prefix) []byte {
 		b = append(b, byte(len(raw)))
 		b = append(b, raw...)
 		b = append(b, byte(a.Bits()))
+	}
+	if ep.AnySource {
+		b = append(b, flagAnySource)
 	}
 	return b
 }
@@ -69,5 +76,6 @@ func parseEndpoint(key string, b []byte) (ep overlay.Endpoint, seq uint64, err e
 		ep.Addrs = append(ep.Addrs, p)
 		b = b[2+l:]
 	}
+	ep.AnySource = len(b) > 0 && b[0]&flagAnySource != 0
 	return ep, seq, nil
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -119,25 +120,51 @@ func (r *Router) Use(sw overlay.Switch, paths ...overlay.Overlay) {
 // called before Run.
 func (r *Router) Hold() { r.hold = true }
 
-// SetLocal adds a local port, or replaces it, and announces its endpoint.
+// SetLocal adds a local port, or replaces it, and announces its endpoint. A new
+// port takes its MAC over from whoever has announced that so far.
 func (r *Router) SetLocal(p overlay.Port) error {
 	if err := r.sw.SetPort(p); err != nil {
 		return fmt.Errorf("port %s: %w", p.IfName, err)
 	}
-	now := uint64(time.Now().UnixNano())
+	seq := r.mobility(p)
 	r.mu.Lock()
 	old, replaced := r.local[p.IfIndex]
-	r.local[p.IfIndex] = localPort{Port: p, seq: now}
+	if replaced && old.MAC == p.MAC {
+		seq = old.seq // it has not moved
+	}
+	r.local[p.IfIndex] = localPort{Port: p, seq: seq}
 	published := r.published
 	r.mu.Unlock()
+	r.nudge()
 	if !published {
 		return nil
 	}
 	if replaced && old.MAC != p.MAC {
-		r.cfg.Table.Delete(string(old.MAC[:]))
+		r.withdraw(old.MAC)
 	}
-	r.cfg.Table.Set(string(p.MAC[:]), encodeEndpoint(now, p.Addrs))
+	r.cfg.Table.Set(string(p.MAC[:]), encodeEndpoint(seq, p.Endpoint))
 	return nil
+}
+
+// mobility is the number of a new port: when it was attached, but, since clocks
+// differ, above all numbers of its MAC that are known. A port that an earlier
+// run attached is set before anything is known of others, and takes nothing
+// over from them.
+func (r *Router) mobility(p overlay.Port) uint64 {
+	since := p.Since
+	if since.IsZero() {
+		since = time.Now()
+	}
+	number := uint64(since.UnixNano())
+	for _, e := range r.cfg.Table.All() {
+		if e.Key != string(p.MAC[:]) {
+			continue
+		}
+		if _, seq, err := parseEndpoint(e.Key, e.Value); err == nil && seq != math.MaxUint64 {
+			number = max(number, seq+1)
+		}
+	}
+	return number
 }
 
 // RemoveLocal withdraws a local port; an unknown one is no error.
@@ -148,9 +175,27 @@ func (r *Router) RemoveLocal(ifIndex int) error {
 	published := r.published
 	r.mu.Unlock()
 	if ok && published {
-		r.cfg.Table.Delete(string(p.MAC[:]))
+		r.withdraw(p.MAC)
 	}
 	return r.sw.RemovePort(ifIndex)
+}
+
+// withdraw ends the announcement of a MAC that a port had, unless another port
+// here has it: a container that came back before its old port was gone.
+func (r *Router) withdraw(mac overlay.MAC) {
+	var left localPort
+	r.mu.Lock()
+	for _, p := range r.local {
+		if p.MAC == mac && p.seq > left.seq {
+			left = p
+		}
+	}
+	r.mu.Unlock()
+	if left.seq == 0 {
+		r.cfg.Table.Delete(string(mac[:]))
+		return
+	}
+	r.cfg.Table.Set(string(mac[:]), encodeEndpoint(left.seq, left.Endpoint))
 }
 
 // Publish announces all local ports set so far in one go. Until then they are
@@ -160,7 +205,7 @@ func (r *Router) Publish() {
 	r.mu.Lock()
 	entries := make(map[string][]byte, len(r.local))
 	for _, p := range r.local {
-		entries[string(p.MAC[:])] = encodeEndpoint(p.seq, p.Addrs)
+		entries[string(p.MAC[:])] = encodeEndpoint(p.seq, p.Endpoint)
 	}
 	r.published = true
 	r.mu.Unlock()
@@ -367,7 +412,9 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 	}
 	best := make(map[overlay.MAC]claim, len(entries))
 	for _, p := range r.local {
-		best[p.MAC] = claim{seq: p.seq}
+		if p.seq > best[p.MAC].seq {
+			best[p.MAC] = claim{seq: p.seq}
+		}
 	}
 	for _, e := range entries {
 		if e.Origin == self {

@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"weave.local/router/netdev"
+	"weave.local/router/overlay"
 )
 
 // obtain gets the addresses asked for, in order and each once. Those that the
@@ -58,6 +59,14 @@ func (m *Manager) obtainOne(ctx context.Context, owner string, r Request) (netip
 		}
 	}
 	return r.IP, nil
+}
+
+// checkCount refuses what no port can have.
+func checkCount(id string, addrs []netip.Prefix) error {
+	if len(addrs) > overlay.MaxAddrs {
+		return fmt.Errorf("%s would have %d addresses: at most %d are possible, so detach some first", id, len(addrs), overlay.MaxAddrs)
+	}
+	return nil
 }
 
 func (m *Manager) checkHolder(owner string, p netip.Prefix) error {

@@ -55,6 +55,7 @@ type Target struct {
 	ID               string // owner of the addresses: the container's full id
 	NetNS            string // path of its network namespace
 	NoMulticastRoute bool   // leave 224.0.0.0/4 alone in this one
+	AnySource        bool   // see overlay.Endpoint; stays until it is detached
 }
 
 // Kind tells who made an attachment.

@@ -48,8 +48,12 @@ func (m *Manager) Attach(ctx context.Context, t Target, reqs []Request) (addrs [
 		return nil, err
 	}
 	next := old.clone()
+	next.AnySource = old.AnySource || t.AnySource
 	added := without(addrs, old.Addrs)
 	next.Addrs = append(next.Addrs, added...)
+	if err = checkCount(t.ID, next.Addrs); err != nil {
+		return nil, err
+	}
 	if old.ifIndex == 0 {
 		err = m.plug(ctx, next, &u)
 	} else {
@@ -99,7 +103,7 @@ func (m *Manager) prepare(t Target) (r, before *record, err error) {
 		return nil, nil, fmt.Errorf("%s shares its network with %s, which is attached already: attach or detach that one", t.ID, other)
 	}
 	r = &record{ID: t.ID, Kind: KindContainer, MAC: netdev.RandomMAC(), PeerIf: InsideName,
-		HostIf: containerHostIf(t.ID, ns), NetNS: t.NetNS, NS: ns,
+		HostIf: containerHostIf(t.ID, ns), NetNS: t.NetNS, NS: ns, Since: time.Now(),
 		NoMulticastRoute: t.NoMulticastRoute || m.cfg.NoMulticastRoute}
 	if other := m.named(r.HostIf, t.ID); other != "" {
 		return nil, nil, fmt.Errorf("%s: its device %s belongs to %s: start it again to get another", t.ID, r.HostIf, other)

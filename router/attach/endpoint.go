@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"net/netip"
+	"time"
 
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
@@ -16,6 +17,8 @@ type EndpointSpec struct {
 	ID    string      // at least nine characters, the first nine unique
 	MAC   overlay.MAC // zero: choose one
 	Addrs []netip.Prefix
+	// AnySource is that of overlay.Endpoint.
+	AnySource bool
 }
 
 // Endpoint is what CreateEndpoint made: a veth pair whose host end is on the
@@ -42,7 +45,7 @@ func (m *Manager) CreateEndpoint(ctx context.Context, spec EndpointSpec) (_ Endp
 		}
 	}
 	short := spec.ID[:endpointChars]
-	r := &record{ID: spec.ID, Kind: KindEndpoint, MAC: spec.MAC, Addrs: spec.Addrs,
+	r := &record{ID: spec.ID, Kind: KindEndpoint, MAC: spec.MAC, Addrs: spec.Addrs, AnySource: spec.AnySource, Since: time.Now(),
 		HostIf: endpointPrefix + short, PeerIf: endpointPeer + short}
 	if r.MAC == (overlay.MAC{}) {
 		r.MAC = macOf(spec.Addrs)
@@ -100,6 +103,28 @@ func (m *Manager) JoinEndpoint(ctx context.Context, id, netns string) error {
 	}
 	r.NetNS = netns
 	return m.save(r)
+}
+
+// AllowAnySource lets an endpoint send from any source, as EndpointSpec.AnySource
+// does from the start. An unknown id is an error.
+func (m *Manager) AllowAnySource(ctx context.Context, id string) error {
+	unlock, err := m.keys.lock(ctx, id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	r := m.get(id)
+	if r == nil || r.Kind != KindEndpoint {
+		return fmt.Errorf("there is no endpoint %s", id)
+	}
+	if r.AnySource {
+		return nil
+	}
+	r.AnySource = true
+	if err := m.save(r); err != nil || r.ifIndex == 0 {
+		return err
+	}
+	return m.cfg.SetPort(r.port())
 }
 
 // DeleteEndpoint removes what CreateEndpoint made; an unknown id is no error.

@@ -49,6 +49,9 @@ func (m *Manager) Expose(ctx context.Context, reqs []Request, o ExposeOptions) (
 			next = append(next, e)
 		}
 	}
+	if len(next) > overlay.MaxAddrs {
+		return nil, fmt.Errorf("the host would have %d addresses on the network: at most %d are possible, so hide some first", len(next), overlay.MaxAddrs)
+	}
 	u.add(func() error { return m.settleHost(context.WithoutCancel(ctx), next, old) })
 	if err := m.settleHost(ctx, old, next); err != nil {
 		return nil, fmt.Errorf("expose: %w", err)

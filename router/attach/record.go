@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
@@ -35,6 +36,8 @@ type record struct {
 	NetNS            string           `json:",omitempty"`
 	NS               netdev.Namespace // of NetNS, to notice when the path means another one
 	NoMulticastRoute bool             `json:",omitempty"`
+	AnySource        bool             `json:",omitempty"` // may send from any address
+	Since            time.Time        `json:",omitzero"`  // when it was made
 
 	ifIndex int // of HostIf; 0 when there is no such device (any more)
 }
@@ -63,8 +66,8 @@ func (r *record) attachment() Attachment {
 }
 
 func (r *record) port() overlay.Port {
-	return overlay.Port{IfIndex: r.ifIndex, IfName: r.HostIf,
-		Endpoint: overlay.Endpoint{MAC: r.MAC, Addrs: slices.Clone(r.Addrs)}}
+	return overlay.Port{IfIndex: r.ifIndex, IfName: r.HostIf, Since: r.Since,
+		Endpoint: overlay.Endpoint{MAC: r.MAC, Addrs: slices.Clone(r.Addrs), AnySource: r.AnySource}}
 }
 
 // alias marks the host end of a pair as ours, and tells whose it is should the

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 )
@@ -28,6 +29,10 @@ func TestARP(t *testing.T) {
 	request := ask(broadcast(), "10.32.0.1", "10.32.0.4")
 	var none sceneScene
 	b.want("while rules may be about it", b.run("scene_port_in", none, request), verdictPass)
+	b.allow(FeatureARP)
+	b.want("while rules are about packets", b.run("scene_port_in", none, request), verdictRedirect, "arp_answered")
+	stillThere := ask(remoteMAC(), "10.32.0.1", "10.32.0.4") // only the one asked can tell
+	b.want("unicast by the bridge", b.run("scene_port_in", none, stillThere), verdictPass)
 
 	b.withShortcut()
 	b.want("for a known address", b.run("scene_port_in", none, request), verdictRedirect, "arp_answered")
@@ -55,7 +60,6 @@ func TestARP(t *testing.T) {
 	} {
 		b.want(what, b.run("scene_port_in", none, frame), verdictPass)
 	}
-	stillThere := ask(remoteMAC(), "10.32.0.1", "10.32.0.4") // only the one asked can tell
 	b.want("unicast", b.run("scene_port_in", none, stillThere), verdictRedirect, "shortcut", "tx")
 	spoofed := ethernet(broadcast(), localMAC(), 0x0806, arpRequest(localMAC(), "10.32.0.7", "10.32.0.4"))
 	b.want("in another's name", b.run("scene_port_in", none, spoofed), verdictDrop, "dropped_spoofed")
@@ -63,22 +67,36 @@ func TestARP(t *testing.T) {
 	b.want("for one that cannot be reached", b.run("scene_port_in", none, request), verdictPass)
 }
 
-// A storm of unknown unicast is cut down, and nothing else with it.
+// A storm of flooded frames is cut down, each kind by itself, and what is known
+// where to go is not.
 func TestFloodLimit(t *testing.T) {
 	b := newBench(t)
-	const storm, burst = 2000, 200
-	repeat := func(frame []byte) map[string]uint64 {
+	repeat := func(dst MAC, storm int) (passed, dropped uint64, took time.Duration) {
+		frame := ethernet(dst, localMAC(), 0x0800, ipv4("10.32.0.1"))
 		b.before = b.counters()
-		_, err := b.scene.Programs["scene_vxlan_out"].Run(&ebpf.RunOptions{Data: frame, Repeat: storm})
+		begin := time.Now()
+		_, err := b.scene.Programs["scene_vxlan_out"].Run(&ebpf.RunOptions{Data: frame, Repeat: uint32(storm)})
 		b.must(err)
-		return b.counted()
+		got := b.counted()
+		return got["flooded"] + got["tx"], got["dropped_flood_limit"], time.Since(begin)
 	}
-	to := func(dst MAC) []byte { return ethernet(dst, localMAC(), 0x0800, ipv4("10.32.0.1")) }
-	got := repeat(to(unknownMAC()))
-	if n := got["flooded_unknown"]; n < burst || n > storm/2 || n+got["dropped_flood_limit"] != storm {
-		t.Errorf("of %d frames to nobody known: %v", storm, got)
+	for _, c := range []struct {
+		name        string
+		dst         MAC
+		storm       int
+		rate, burst uint64
+	}{
+		{"unknown unicast", unknownMAC(), 2000, 1000, 200},
+		{"broadcast", broadcast(), 20000, 10000, 2000},
+		{"multicast", MAC{1, 0, 0x5e, 1, 2, 3}, 60000, 50000, 10000},
+	} {
+		passed, dropped, took := repeat(c.dst, c.storm)
+		most := c.burst + uint64(took.Seconds()*float64(c.rate)) + 1
+		if passed < c.burst || passed > most || passed+dropped != uint64(c.storm) {
+			t.Errorf("%s: of %d frames in %s %d passed and %d were dropped, want %d to %d", c.name, c.storm, took, passed, dropped, c.burst, most)
+		}
 	}
-	if got = repeat(to(broadcast())); got["flooded"] != storm {
-		t.Errorf("of %d broadcasts: %v", storm, got)
+	if passed, _, _ := repeat(remoteMAC(), 20000); passed != 20000 {
+		t.Errorf("of 20000 frames to an endpoint %d passed", passed)
 	}
 }

@@ -32,7 +32,8 @@ import (
 const (
 	FeatureLocalAddr   = 1 << iota // a tunnel key carries the source address
 	FeatureTunnelFlags             // flags of a tunnel key can be read: own errors about oversize frames are recognised
-	FeatureShortcut                // not of the kernel but wanted: unicast between announced endpoints goes past the bridge
+	FeatureShortcut                // not of the kernel but wanted: unicast between announced endpoints goes past the bridge, neighbour solicitations are answered
+	FeatureARP                     // wanted as well: ARP requests for announced addresses are answered
 )
 
 // dirMode keeps the pins to root.
@@ -53,6 +54,7 @@ type Objects struct {
 	Endpoints  Table[MAC, Endpoint]
 	Ports      Table[uint32, Port]
 	Addresses  Table[Addr, MAC]
+	Foreign    Table[uint16, Subnets] // by peer: where MACs that nobody announced may be
 }
 
 // Open loads the programs with their maps pinned below dir, a BPF file

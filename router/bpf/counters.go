@@ -8,7 +8,7 @@ import (
 // counterNames are the enumerators of enum counter, in order.
 var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never written
 	"tx", "rx", "relayed", "flooded", "flooded_unknown", "rx_flooded", "to_sleeve", "from_sleeve", "probes", "pmtu", "too_big", "shortcut",
-	"direct_tx", "direct_rx", "direct_relayed", "arp_answered",
+	"direct_tx", "direct_rx", "direct_relayed", "arp_answered", "nd_answered", "learnt",
 	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
 	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
 	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes", "dropped_flood_limit",
@@ -30,22 +30,24 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	direct_tx              sent past this host's IP stack
 //	direct_rx              received past it
 //	direct_relayed         relayed past it
-//	arp_answered           requests of containers, answered on this host
+//	arp_answered           ARP requests of containers, answered on this host
+//	nd_answered            neighbour solicitations of containers, likewise
+//	learnt                 the first of a foreign address, or the first from where it is now
 //	dropped_no_path        no way to the destination peer is known
 //	dropped_not_neighbour  from an underlay address that is no neighbour's
 //	dropped_own            claiming to come from this very peer
 //	dropped_hop_limit      relayed too often
 //	dropped_reverse_path   flooded, but not by the parent in the source's tree
 //	dropped_backwards      would go back to where it came from
-//	dropped_spoofed        a container used an address that is not its own
+//	dropped_spoofed        a container used an address that is not its own, or not any more
 //	dropped_isolated       sender and receiver share no subnet
-//	dropped_unknown_mac    sender is no endpoint that anybody announced
+//	dropped_unknown_mac    sender is not announced, nor behind a port of any source
 //	dropped_unknown_port   a device that was attached but not described
 //	dropped_local          flooded by the bridge though the receiver is local
 //	dropped_malformed      cannot be a frame of the overlay
 //	dropped_send           the kernel refused to send
 //	dropped_probes         probes from strangers, or while the daemon is behind
-//	dropped_flood_limit    more unicast to unknown addresses than one device may send
+//	dropped_flood_limit    more of a kind to be flooded than one device may send
 func (o *Objects) Counters() (map[string]uint64, error) {
 	out := make(map[string]uint64, len(counterNames))
 	for i, name := range counterNames {

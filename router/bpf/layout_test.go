@@ -82,6 +82,9 @@ func TestLayouts(t *testing.T) {
 		"rx_flooded": unsafe.Offsetof(weaveTraffic{}.RxFlooded), "rx_relayed": unsafe.Offsetof(weaveTraffic{}.RxRelayed)})
 	check("loss", unsafe.Sizeof(weaveLoss{}), map[string]uintptr{
 		"peer": unsafe.Offsetof(weaveLoss{}.Peer), "why": unsafe.Offsetof(weaveLoss{}.Why)})
+	check("learnt", unsafe.Sizeof(weaveLearnt{}), map[string]uintptr{
+		"peer": unsafe.Offsetof(weaveLearnt{}.Peer), "ifindex": unsafe.Offsetof(weaveLearnt{}.Ifindex), "seen": unsafe.Offsetof(weaveLearnt{}.Seen)})
+	check("subnets", unsafe.Sizeof(weaveSubnets{}), nil)
 	check("event", eventSize, map[string]uintptr{"token": eventToken, "size": eventIPSize, "from": eventFrom})
 }
 

@@ -117,7 +117,7 @@ func newBench(t *testing.T) *bench {
 	}
 	b.scene, err = ebpf.NewCollectionWithOptions(scene, ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
 		"config": b.objs.Config, "neighbours": b.objs.Neighbours, "hops": b.objs.Hops, "trees": b.objs.Trees,
-		"endpoints": b.objs.Endpoints, "ports": b.objs.Ports, "addresses": b.objs.Addresses, "limits": b.objs.Limits, "traffics": b.objs.Traffics, "losses": b.objs.Losses,
+		"endpoints": b.objs.Endpoints, "ports": b.objs.Ports, "addresses": b.objs.Addresses, "limits": b.objs.Limits, "foreign": b.objs.Foreign, "learnts": b.objs.Learnts, "traffics": b.objs.Traffics, "losses": b.objs.Losses,
 		"counters": b.objs.Counters, "events": b.objs.Events,
 	}})
 	if err != nil {

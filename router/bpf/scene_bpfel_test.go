@@ -39,10 +39,7 @@ type sceneEndpoint struct {
 	Peer    uint16
 	Pad     uint16
 	Ifindex uint32
-	Subnets struct {
-		_   structs.HostLayout
-		Key [8]uint64
-	}
+	Subnets sceneSubnets
 }
 
 type sceneHop struct {
@@ -54,6 +51,13 @@ type sceneHop struct {
 	Local   [4]uint32
 	Uplink  uint32
 	Gateway uint32
+}
+
+type sceneLearnt struct {
+	_       structs.HostLayout
+	Peer    uint32
+	Ifindex uint32
+	Seen    uint64
 }
 
 type sceneLoss struct {
@@ -97,11 +101,8 @@ type scenePort struct {
 	N_addrs uint16
 	Flags   uint32
 	Pad     uint32
-	Subnets struct {
-		_   structs.HostLayout
-		Key [8]uint64
-	}
-	Addrs [8]sceneAddr
+	Subnets sceneSubnets
+	Addrs   [8]sceneAddr
 }
 
 type sceneScene struct {
@@ -115,6 +116,11 @@ type sceneScene struct {
 	}
 	S_tci uint16
 	C_tci uint16
+}
+
+type sceneSubnets struct {
+	_   structs.HostLayout
+	Key [8]uint64
 }
 
 type sceneTraffic struct {
@@ -145,7 +151,9 @@ const (
 	sceneMapCounters       = "counters"
 	sceneMapEndpoints      = "endpoints"
 	sceneMapEvents         = "events"
+	sceneMapForeign        = "foreign"
 	sceneMapHops           = "hops"
+	sceneMapLearnts        = "learnts"
 	sceneMapLimits         = "limits"
 	sceneMapLosses         = "losses"
 	sceneMapNeighbours     = "neighbours"
@@ -236,7 +244,9 @@ type sceneMapSpecs struct {
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
 	Events     *ebpf.MapSpec `ebpf:"events"`
+	Foreign    *ebpf.MapSpec `ebpf:"foreign"`
 	Hops       *ebpf.MapSpec `ebpf:"hops"`
+	Learnts    *ebpf.MapSpec `ebpf:"learnts"`
 	Limits     *ebpf.MapSpec `ebpf:"limits"`
 	Losses     *ebpf.MapSpec `ebpf:"losses"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
@@ -281,7 +291,9 @@ type sceneMaps struct {
 	Counters   *ebpf.Map `ebpf:"counters"`
 	Endpoints  *ebpf.Map `ebpf:"endpoints"`
 	Events     *ebpf.Map `ebpf:"events"`
+	Foreign    *ebpf.Map `ebpf:"foreign"`
 	Hops       *ebpf.Map `ebpf:"hops"`
+	Learnts    *ebpf.Map `ebpf:"learnts"`
 	Limits     *ebpf.Map `ebpf:"limits"`
 	Losses     *ebpf.Map `ebpf:"losses"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
@@ -299,7 +311,9 @@ func (m *sceneMaps) Close() error {
 		m.Counters,
 		m.Endpoints,
 		m.Events,
+		m.Foreign,
 		m.Hops,
+		m.Learnts,
 		m.Limits,
 		m.Losses,
 		m.Neighbours,

@@ -9,12 +9,19 @@ import (
 // were a veth.
 func (b *bench) withShortcut() {
 	b.t.Helper()
-	c, err := b.Config()
-	b.must(err)
-	c.Features |= FeatureShortcut
+	b.allow(FeatureShortcut | FeatureARP)
 	ports, err := b.Ports.All()
 	b.must(err)
-	b.must(b.SetConfig(c), b.Endpoints.Put(localMAC(), Endpoint{IfIndex: 1, Subnets: ports[1].Subnets}))
+	b.must(b.Endpoints.Put(localMAC(), Endpoint{IfIndex: 1, Subnets: ports[1].Subnets}))
+}
+
+// allow sets features that the daemon may want.
+func (b *bench) allow(features uint32) {
+	b.t.Helper()
+	c, err := b.Config()
+	b.must(err)
+	c.Features = b.Features() | features
+	b.must(b.SetConfig(c))
 }
 
 func neighbourMAC() MAC { return MAC{2, 0, 0, 0, 0, 2} } // behind another port here

@@ -121,9 +121,11 @@ type Endpoint struct {
 // Port is a device of this host with what may be sent from it.
 type Port struct {
 	MAC MAC
-	// AnySource lets the port send from any IP address, but only from its
-	// own MAC.
+	// AnySource lets the port send from any IP address, and from any MAC that
+	// nobody announced.
 	AnySource bool
+
+	Moved bool // its MAC lives elsewhere by now: nothing may be sent from it
 
 	Veth    bool // one end of a veth pair: the shortcut may lead into the other
 	Subnets Subnets
@@ -150,6 +152,7 @@ func PortOf(mac MAC, addrs []netip.Prefix) (Port, error) {
 const (
 	portVeth = 1 << iota
 	portAnySource
+	portMoved
 )
 
 // ipv6Subnet stands for the length of an IPv6 prefix, which is not kept.
@@ -183,6 +186,9 @@ func (o *Objects) bindTables() {
 		func(k Addr, v MAC) (weaveAddr, weaveMac) { return weaveAddr{B: k}, weaveMac{B: v} },
 		func(k weaveAddr, v weaveMac) (Addr, MAC) { return k.B, v.B })
 	o.Ports = newTable("ports", o.objs.Ports, encodePort, decodePort)
+	o.Foreign = newTable("foreign", o.objs.Foreign,
+		func(k uint16, v Subnets) (uint32, weaveSubnets) { return uint32(k), weaveSubnets{Key: rawSubnets(v)} },
+		func(k uint32, v weaveSubnets) (uint16, Subnets) { return uint16(k), subnetsFromRaw(v.Key) })
 }
 
 func encodeNeighbour(k Addr, v Neighbour) (weaveAddr, weaveNeighbour) {
@@ -307,6 +313,9 @@ func encodePort(k uint32, v Port) (uint32, weavePort) {
 	if v.AnySource {
 		p.Flags |= portAnySource
 	}
+	if v.Moved {
+		p.Flags |= portMoved
+	}
 	p.Subnets.Key = rawSubnets(v.Subnets)
 	for i, a := range v.Addrs {
 		p.Addrs[i].B = a
@@ -316,7 +325,7 @@ func encodePort(k uint32, v Port) (uint32, weavePort) {
 
 func decodePort(k uint32, v weavePort) (uint32, Port) {
 	p := Port{MAC: v.Mac, N: int(v.N_addrs), Subnets: subnetsFromRaw(v.Subnets.Key)}
-	p.Veth, p.AnySource = v.Flags&portVeth != 0, v.Flags&portAnySource != 0
+	p.Veth, p.AnySource, p.Moved = v.Flags&portVeth != 0, v.Flags&portAnySource != 0, v.Flags&portMoved != 0
 	for i, a := range v.Addrs {
 		p.Addrs[i] = a.B
 	}

@@ -11,11 +11,19 @@
 //	container ── veth ──[port_out]── bridge ──[vxlan_in ]── vxlan ══ underlay
 //	                                    sleeve TAP ──[tap_in]──┘
 //
-// With FLAG_SHORTCUT, unicast between announced endpoints goes past the
+// With FLAG_SHORTCUT, unicast to where it is known to be goes past the
 // bridge: port_in sends it into the overlay or into the other container
 // itself, and what arrives is put into the container where it is received.
-// The checks are the same. ARP requests for announced addresses are answered
-// by port_in. All else takes the way through the bridge.
+// The checks are the same. All else takes the way through the bridge.
+//
+// Requests for announced addresses, by ARP or neighbour discovery (RFC 4861), are
+// answered by port_in, as far as no rule could be about them.
+//
+// A port of PORT_ANY_SOURCE may also send from Ethernet addresses that nobody
+// announced (of a VM, a virtual router). Such a foreign address is learnt from
+// the frames that come from it, where they are sent and where they arrive. It is
+// in the subnets of its port; on other hosts, in those of all such ports of the
+// peer that it is at. Frames from any other unannounced address are dropped.
 //
 // A VXLAN network identifier holds two short ids: source peer in bits 0-11,
 // destination peer in bits 12-23. Destination 0 marks a flooded frame, which
@@ -50,6 +58,7 @@
 #define SHORT_ID 0xfff
 #define HOP_LIMIT 63 /* the most that the tags of the TAP can say */
 #define ARP_LEN 28 /* for IPv4 over Ethernet */
+#define LEARNT_FOR 600000000000ULL /* ns since the last frame from a foreign address */
 #define MAX_CHILDREN 512
 #define MAX_SHARING 7
 #define MAX_SUBNETS 8
@@ -61,6 +70,7 @@
 #define FLAG_LOCAL_ADDR 1   /* the tunnel key has a source address (6.0) */
 #define FLAG_TUNNEL_FLAGS 2 /* BPF_F_TUNINFO_FLAGS is known (6.1) */
 #define FLAG_SHORTCUT 4     /* wanted by the daemon: past the bridge */
+#define FLAG_ARP 8	    /* wanted by the daemon: ARP requests are answered */
 
 /* IP_TUNNEL_NOCACHE_BIT: only bpf_skb_set_tunnel_key sets it, the VXLAN
  * receiver never does. */
@@ -68,9 +78,14 @@
 
 #define TAG_FLOODED 0x8000
 
-/* Unknown unicast that one device may cause to be flooded. */
-#define FLOOD_INTERVAL 1000000ULL /* ns for one frame, so 1,000 a second */
-#define FLOOD_BURST 200	  /* frames at once */
+/* What one device may cause to be flooded: the time that each frame costs, in
+ * ns, and how many may come at once. */
+#define UNKNOWN_INTERVAL 1000000ULL /* 1,000 a second */
+#define UNKNOWN_BURST 200
+#define BROADCAST_INTERVAL 100000ULL /* 10,000 a second */
+#define BROADCAST_BURST 2000
+#define MULTICAST_INTERVAL 20000ULL /* 50,000 a second */
+#define MULTICAST_BURST 10000
 
 #define PASS TC_ACT_UNSPEC /* on to other programs, or by default accepted */
 #define DROP TC_ACT_SHOT
@@ -136,7 +151,9 @@ struct endpoint {
 };
 
 #define PORT_VETH 1	  /* the shortcut leads into the other end */
-#define PORT_ANY_SOURCE 2 /* may send from any IP address */
+#define PORT_ANY_SOURCE 2 /* may send from any IP address and from foreign MACs */
+
+#define PORT_MOVED 4	  /* its MAC lives elsewhere by now */
 
 /* a device of this host and what may be sent from it */
 struct port {
@@ -146,6 +163,13 @@ struct port {
 	__u32 pad;
 	struct subnets subnets;
 	struct addr addrs[MAX_ADDRS];
+};
+
+/* where a foreign address was seen last */
+struct learnt {
+	__u32 peer;    /* 0: on this host, */
+	__u32 ifindex; /* behind this port */
+	__u64 seen;    /* in ns since boot */
 };
 
 /* A token bucket as a time: when it will be full again, in ns since boot. Two
@@ -194,6 +218,8 @@ enum counter {
 	COUNT_DIRECT_RX,
 	COUNT_DIRECT_RELAYED,
 	COUNT_ARP_ANSWERED,
+	COUNT_ND_ANSWERED,
+	COUNT_LEARNT,
 	COUNT_DROPPED_NO_PATH,
 	COUNT_DROPPED_NOT_NEIGHBOUR,
 	COUNT_DROPPED_OWN,
@@ -268,10 +294,26 @@ struct {
 	__type(value, struct mac);
 } addresses SEC(".maps");
 
-/* by the device that unknown unicast comes from */
+/* the subnets that foreign addresses at a peer may be in; none, none */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 4096);
+	__type(key, __u32);
+	__type(value, struct subnets);
+} foreign SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1024);
+	__uint(max_entries, 16384);
+	__type(key, struct mac);
+	__type(value, struct learnt);
+} learnts SEC(".maps");
+
+/* by the device that flooded frames come from, and their kind */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
 	__type(key, __u32);
 	__type(value, struct bucket);
 } limits SEC(".maps");
@@ -969,20 +1011,100 @@ static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
 	return 0;
 }
 
-static __always_inline int into(struct __sk_buff *skb, struct endpoint *to)
+/* ---- foreign addresses ---- */
+
+/* Takes note of a frame from a foreign address. */
+static __always_inline void learn(struct mac *m, __u32 peer, __u32 ifindex)
 {
-	count(COUNT_SHORTCUT);
-	bpf_skb_change_type(skb, 0 /* PACKET_HOST, not done for us before 6.15 */);
-	return bpf_redirect_peer(to->ifindex, 0);
+	struct learnt now = {.peer = peer, .ifindex = ifindex, .seen = bpf_ktime_get_ns()};
+	struct learnt *l = bpf_map_lookup_elem(&learnts, m);
+
+	if (l && l->peer == peer && l->ifindex == ifindex) {
+		l->seen = now.seen;
+		return;
+	}
+	count(COUNT_LEARNT);
+	bpf_map_update_elem(&learnts, m, &now, BPF_ANY);
 }
 
-/* Into the container of a local endpoint, past the bridge and port_out, whose
- * check it makes. from is the sender's subnets, peer where it is. */
-static __always_inline int enter(struct __sk_buff *skb, struct subnets *from, __u32 peer, struct endpoint *to)
+/* The same for a frame that arrived from a peer, if it has ports that may send
+ * from such addresses. */
+static __always_inline void learn_from_peer(struct ethhdr *eth, __u32 peer)
 {
-	if (!share_subnet(from, &to->subnets))
+	struct mac src = {};
+
+	if (eth->h_source[0] & 1 || !bpf_map_lookup_elem(&foreign, &peer))
+		return;
+	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
+	if (!bpf_map_lookup_elem(&endpoints, &src))
+		learn(&src, peer, 0);
+}
+
+/* where an Ethernet address is */
+struct place {
+	__u32 peer;    /* 0: on this host, */
+	__u32 ifindex; /* behind this veth, 0 if it is none */
+	int is_foreign;
+	struct subnets *subnets;
+};
+
+static __always_inline int find_foreign(struct mac *m, struct place *at)
+{
+	struct learnt *l = bpf_map_lookup_elem(&learnts, m);
+
+	if (!l || bpf_ktime_get_ns() - l->seen > LEARNT_FOR)
+		return 0;
+	at->is_foreign = 1;
+	at->peer = l->peer;
+	if (at->peer) {
+		__u32 peer = at->peer;
+		at->subnets = bpf_map_lookup_elem(&foreign, &peer);
+		return at->subnets != 0;
+	}
+	__u32 ifindex = l->ifindex;
+	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	if (!p || !(p->flags & PORT_ANY_SOURCE))
+		return 0;
+	at->ifindex = p->flags & PORT_VETH ? ifindex : 0;
+	at->subnets = &p->subnets;
+	return 1;
+}
+
+/* Finds who announced an address or, if nobody did, behind whom it was heard
+ * lately, as far as he may have foreign ones. */
+static __always_inline int find(const __u8 *mac, struct place *at)
+{
+	struct mac m = {};
+
+	__builtin_memcpy(m.b, mac, ETH_ALEN);
+	struct endpoint *e = bpf_map_lookup_elem(&endpoints, &m);
+	if (!e)
+		return find_foreign(&m, at);
+	at->peer = e->peer;
+	at->ifindex = e->ifindex;
+	at->is_foreign = 0;
+	at->subnets = &e->subnets;
+	return 1;
+}
+
+/* ---- to the containers of this host ---- */
+
+/* Past the bridge into the container behind a veth. The packet's type is not set
+ * for us before 6.15; and what is foreign is not for the container itself. */
+static __always_inline int into(struct __sk_buff *skb, __u32 ifindex, int is_foreign)
+{
+	count(COUNT_SHORTCUT);
+	bpf_skb_change_type(skb, is_foreign ? 3 /* PACKET_OTHERHOST */ : 0 /* PACKET_HOST */);
+	return bpf_redirect_peer(ifindex, 0);
+}
+
+/* Into the container behind a port of this host, past the bridge and port_out,
+ * whose check it makes. from is the sender's subnets, peer where it is. */
+static __always_inline int enter(struct __sk_buff *skb, struct subnets *from, __u32 peer, struct place *to)
+{
+	if (!share_subnet(from, to->subnets))
 		return drop_of(peer, COUNT_DROPPED_ISOLATED);
-	return into(skb, to);
+	return into(skb, to->ifindex, to->is_foreign);
 }
 
 /* To the bridge, which sees everything come in by the VXLAN device. */
@@ -998,19 +1120,13 @@ static __always_inline int deliver(struct __sk_buff *skb, struct cfg *c, int by_
 static __always_inline int deliver_unicast(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth, __u32 by,
 					   int by_tap)
 {
-	struct mac dst = {}, src = {};
+	struct place from, to;
 
-	if (!(c->flags & FLAG_SHORTCUT))
+	if (!(c->flags & FLAG_SHORTCUT) || !find(eth->h_dest, &to) || to.peer || !to.ifindex)
 		return deliver(skb, c, by_tap);
-	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
-	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
-	if (!to || to->peer || !to->ifindex)
-		return deliver(skb, c, by_tap);
-	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
-	struct endpoint *from = bpf_map_lookup_elem(&endpoints, &src);
-	if (!from)
+	if (!find(eth->h_source, &from))
 		return drop_of(by, COUNT_DROPPED_UNKNOWN_MAC);
-	return enter(skb, &from->subnets, from->peer, to);
+	return enter(skb, from.subnets, from.peer, &to);
 }
 
 static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 by,
@@ -1035,8 +1151,8 @@ static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, stru
 	return drop(COUNT_PROBES);
 }
 
-static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 by,
-					__u32 src, __u32 ttl, int by_tap)
+static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth,
+					struct neighbour *from, __u32 by, __u32 src, __u32 ttl, int by_tap)
 {
 	struct tree *t = bpf_map_lookup_elem(&trees, &src);
 
@@ -1044,6 +1160,7 @@ static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, st
 	if (!t || (from && !is_among(from, t->parent)))
 		return drop_of(by, COUNT_DROPPED_REVERSE_PATH);
 	count(COUNT_RX_FLOODED);
+	learn_from_peer(eth, src);
 	if (ttl > 1)
 		flood(skb, src, ttl - 1, t->parent);
 	return deliver(skb, c, by_tap);
@@ -1063,9 +1180,10 @@ static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct 
 	if (is_zero_mac(eth->h_dest) && is_zero_mac(eth->h_source))
 		return take_probe(skb, c, from, by, src, dst);
 	if (!dst)
-		return take_flooded(skb, c, from, by, src, ttl, by_tap);
+		return take_flooded(skb, c, eth, from, by, src, ttl, by_tap);
 	if (dst == c->self) {
 		count(COUNT_RX);
+		learn_from_peer(eth, src);
 		return deliver_unicast(skb, c, eth, by, by_tap);
 	}
 	if (ttl <= 1)
@@ -1184,11 +1302,9 @@ static __always_inline int enter_direct(struct __sk_buff *skb, struct cfg *c, st
 	count_received(skb, neighbour, c->self, c->self, 0);
 	count(COUNT_RX);
 	count(COUNT_DIRECT_RX);
-	if (proto != IPPROTO_TCP)
-		return enter(skb, &from->subnets, from->peer, to);
 	if (!share_subnet(&from->subnets, &to->subnets))
 		return drop_of(from->peer, COUNT_DROPPED_ISOLATED);
-	return bpf_redirect(c->join_if, 0);
+	return proto == IPPROTO_TCP ? bpf_redirect(c->join_if, 0) : into(skb, to->ifindex, 0);
 }
 
 /* Sends a frame for another peer on, in the packet it came in. */
@@ -1271,7 +1387,7 @@ int join_in(struct __sk_buff *skb)
 	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
 	if (!to || to->peer || !to->ifindex)
 		return drop(COUNT_DROPPED_LOCAL);
-	return into(skb, to);
+	return into(skb, to->ifindex, 0);
 }
 
 /* ---- frames that arrive by the TAP ---- */
@@ -1309,20 +1425,33 @@ static __always_inline int is_link_local_mac(const __u8 *m)
 	return m[0] == 0x01 && m[1] == 0x80 && m[2] == 0xc2 && !m[3] && !m[4] && m[5] < 16;
 }
 
-static __always_inline int exceeds_limit(struct __sk_buff *skb)
+enum flooding { FLOOD_UNKNOWN, FLOOD_BROADCAST, FLOOD_MULTICAST, FLOOD_KINDS };
+
+static __always_inline enum flooding kind_of_flood(const __u8 *dst)
 {
-	__u32 port = skb->ingress_ifindex; /* 0: the host itself */
+	if (!(dst[0] & 1))
+		return FLOOD_UNKNOWN;
+	return (dst[0] & dst[1] & dst[2] & dst[3] & dst[4] & dst[5]) == 0xff ? FLOOD_BROADCAST : FLOOD_MULTICAST;
+}
+
+static __always_inline int exceeds_limit(struct __sk_buff *skb, enum flooding kind)
+{
+	__u32 key = skb->ingress_ifindex * FLOOD_KINDS + kind; /* 0: the host itself */
+	__u64 interval = kind == FLOOD_UNKNOWN ? UNKNOWN_INTERVAL :
+			 kind == FLOOD_BROADCAST ? BROADCAST_INTERVAL : MULTICAST_INTERVAL;
+	__u64 burst = kind == FLOOD_UNKNOWN ? UNKNOWN_BURST :
+		      kind == FLOOD_BROADCAST ? BROADCAST_BURST : MULTICAST_BURST;
 	__u64 now = bpf_ktime_get_ns();
-	__u64 cost = FLOOD_INTERVAL * (skb->gso_segs ? skb->gso_segs : 1);
-	struct bucket *b = bpf_map_lookup_elem(&limits, &port);
+	__u64 cost = interval * (skb->gso_segs ? skb->gso_segs : 1);
+	struct bucket *b = bpf_map_lookup_elem(&limits, &key);
 
 	if (!b) {
 		struct bucket fresh = {.full = now + cost};
-		bpf_map_update_elem(&limits, &port, &fresh, BPF_ANY);
+		bpf_map_update_elem(&limits, &key, &fresh, BPF_ANY);
 		return 0;
 	}
 	__u64 full = b->full < now ? now : b->full;
-	if (full - now > FLOOD_BURST * FLOOD_INTERVAL)
+	if (full - now > burst * interval)
 		return 1;
 	b->full = full + cost;
 	return 0;
@@ -1330,8 +1459,8 @@ static __always_inline int exceeds_limit(struct __sk_buff *skb)
 
 static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 {
-	struct mac dst = {};
 	struct ethhdr *eth;
+	struct place to;
 
 	if (skb->mark == MARK_SENT) {
 		skb->mark = 0;
@@ -1340,24 +1469,22 @@ static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 	eth = header(skb, sizeof(*eth));
 	if (!eth)
 		return drop(COUNT_DROPPED_MALFORMED);
-	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
 	if (!c->self)
 		return drop(COUNT_DROPPED_NO_PATH);
-	if (is_zero_mac(dst.b) || is_link_local_mac(dst.b))
+	if (is_zero_mac(eth->h_dest) || is_link_local_mac(eth->h_dest))
 		return drop(COUNT_DROPPED_LOCAL);
-	if (!(dst.b[0] & 1)) {
-		struct endpoint *e = bpf_map_lookup_elem(&endpoints, &dst);
-		if (e) {
-			/* The bridge floods what it has not learnt yet. */
-			if (!e->peer)
-				return drop(COUNT_DROPPED_LOCAL);
-			count(COUNT_TX);
-			return send(skb, c, c->self, e->peer, HOP_LIMIT, 0, 1);
-		}
-		if (exceeds_limit(skb))
-			return drop(COUNT_DROPPED_FLOOD_LIMIT);
-		count(COUNT_FLOODED_UNKNOWN);
+	if (!(eth->h_dest[0] & 1) && find(eth->h_dest, &to)) {
+		/* The bridge floods what it has not learnt yet. */
+		if (!to.peer)
+			return drop(COUNT_DROPPED_LOCAL);
+		count(COUNT_TX);
+		return send(skb, c, c->self, to.peer, HOP_LIMIT, 0, 1);
 	}
+	enum flooding kind = kind_of_flood(eth->h_dest);
+	if (exceeds_limit(skb, kind))
+		return drop(COUNT_DROPPED_FLOOD_LIMIT);
+	if (kind == FLOOD_UNKNOWN)
+		count(COUNT_FLOODED_UNKNOWN);
 	count(COUNT_FLOODED);
 	flood(skb, c->self, HOP_LIMIT, 0);
 	return DROP; /* the copies are on their way */
@@ -1424,6 +1551,21 @@ static __always_inline int is_mac_of(struct port *p, const __u8 *mac)
 	return !differ;
 }
 
+/* A frame of a port of any source from a MAC that is not the port's: whether it
+ * may be. An address that somebody announced is his alone, and says which
+ * subnets he is in. */
+static __always_inline int admit_foreign(struct __sk_buff *skb, struct ethhdr *eth)
+{
+	struct mac src = {};
+
+	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
+	if (src.b[0] & 1 || is_zero_mac(src.b) || eth->h_proto == bpf_htons(ETH_P_8021Q) ||
+	    eth->h_proto == bpf_htons(ETH_P_8021AD) || bpf_map_lookup_elem(&endpoints, &src))
+		return 0;
+	learn(&src, 0, skb->ifindex);
+	return 1;
+}
+
 /* Whether the frame claims to come from the port's own addresses. A frame
  * with VLAN tag does not: a receiver may take VLAN 0 for none. */
 static __always_inline int is_honest(struct __sk_buff *skb, struct port *p)
@@ -1432,7 +1574,11 @@ static __always_inline int is_honest(struct __sk_buff *skb, struct port *p)
 	__u8 rare[sizeof(struct ipv6hdr)]; /* headers that need not be fast */
 	__u8 *h;
 
-	if (!eth || !is_mac_of(p, eth->h_source) || skb->vlan_present)
+	if (!eth || skb->vlan_present)
+		return 0;
+	if (!is_mac_of(p, eth->h_source))
+		return p->flags & PORT_ANY_SOURCE && admit_foreign(skb, eth);
+	if (p->flags & PORT_MOVED)
 		return 0;
 	switch (eth->h_proto) {
 	case bpf_htons(ETH_P_IP):
@@ -1441,6 +1587,8 @@ static __always_inline int is_honest(struct __sk_buff *skb, struct port *p)
 	case bpf_htons(ETH_P_IPV6):
 		return !bpf_skb_load_bytes(skb, ETH_HLEN, rare, sizeof(struct ipv6hdr)) && may_send_ipv6(p, rare + 8);
 	case bpf_htons(ETH_P_ARP):
+		if (p->flags & PORT_ANY_SOURCE)
+			return 1;
 		return !bpf_skb_load_bytes(skb, ETH_HLEN, rare, ARP_LEN) && is_mac_of(p, rare + 8) &&
 		       may_send_ipv4(p, rare + 14);
 	case bpf_htons(ETH_P_8021Q):
@@ -1470,17 +1618,10 @@ static __always_inline int is_same4(const __u8 *a, const __u8 *b)
 }
 
 /* Who has the address that a container asks for: null when it is not known,
- * cannot be reached, or is none of the asker's business. Nor is there an
- * answer to probes for duplicates and to announcements: these are for all. */
-static __always_inline struct mac *find_target(struct port *p, struct arp_frame *f)
+ * cannot be reached, or is none of the asker's business. */
+static __always_inline struct mac *find_holder(struct port *p, struct addr *target)
 {
-	struct addr target __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
-
-	if (f->op != bpf_htons(1) || f->form[0] || f->form[1] != 1 || f->form[2] != 8 || f->form[3] || f->form[4] != ETH_ALEN ||
-	    f->form[5] != 4 || is_zero_addr(f->sender) || is_same4(f->sender, f->target))
-		return 0;
-	__builtin_memcpy(&target.b[12], f->target, sizeof(f->target));
-	struct mac *m = bpf_map_lookup_elem(&addresses, &target);
+	struct mac *m = bpf_map_lookup_elem(&addresses, target);
 	if (!m || is_mac_of(p, m->b))
 		return 0;
 	struct endpoint *e = bpf_map_lookup_elem(&endpoints, m);
@@ -1490,6 +1631,19 @@ static __always_inline struct mac *find_target(struct port *p, struct arp_frame 
 	if (peer && !bpf_map_lookup_elem(&hops, &peer))
 		return 0;
 	return m;
+}
+
+/* The same by an ARP request. There is no answer to probes for duplicates and
+ * to announcements: these are for all. */
+static __always_inline struct mac *find_target(struct port *p, struct arp_frame *f)
+{
+	struct addr target __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+
+	if (f->op != bpf_htons(1) || f->form[0] || f->form[1] != 1 || f->form[2] != 8 || f->form[3] || f->form[4] != ETH_ALEN ||
+	    f->form[5] != 4 || is_zero_addr(f->sender) || is_same4(f->sender, f->target))
+		return 0;
+	__builtin_memcpy(&target.b[12], f->target, sizeof(f->target));
+	return find_holder(p, &target);
 }
 
 /* Answers an ARP request in the name of the one who has the address. */
@@ -1518,28 +1672,121 @@ static __always_inline int answer_arp(struct __sk_buff *skb, struct port *p)
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* Unicast to an announced endpoint, past the bridge. */
-static __always_inline int take_shortcut(struct __sk_buff *skb, struct cfg *c, struct port *p)
-{
-	struct ethhdr *eth = header(skb, sizeof(*eth));
-	struct mac dst = {};
+/* A neighbour solicitation or advertisement (RFC 4861 §4.3, §4.4) with just the
+ * option for an Ethernet address (§4.6.1), in its frame */
+struct nd_frame {
+	__u8 pad[2];
+	struct ethhdr eth;
+	__u8 ip[4]; /* version, class, label */
+	__be16 len;
+	__u8 proto, hop_limit;
+	struct addr src, dst;
+	__u8 type, code;
+	__sum16 sum;
+	__be32 flags;
+	struct addr target;
+	__u8 option, option_len, mac[ETH_ALEN];
+} __attribute__((aligned(8)));
 
-	if (!eth)
-		return drop(COUNT_DROPPED_MALFORMED);
-	if (eth->h_dest[0] & 1)
-		return eth->h_proto == bpf_htons(ETH_P_ARP) ? answer_arp(skb, p) : PASS;
-	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
-	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
-	if (!to)
+#define ND_FRAME_LEN (sizeof(struct nd_frame) - __builtin_offsetof(struct nd_frame, eth))
+#define ND_LEN (sizeof(struct nd_frame) - __builtin_offsetof(struct nd_frame, type))
+#define ND_SOLICIT 135
+#define ND_ADVERTISE 136
+#define ND_SOLICITED 0x40000000
+#define ND_OVERRIDE 0x20000000
+
+/* The ICMPv6 checksum (RFC 4443 §2.3); 0 over a message that has the right one. */
+static __always_inline __u16 nd_sum(struct nd_frame *f)
+{
+	__u64 sum = bpf_htonl(ND_LEN) + (__u64)bpf_htonl(IPPROTO_ICMPV6);
+	const __be32 *words = (const void *)&f->src;
+
+	for (int i = 0; i < (2 * sizeof(struct addr) + ND_LEN) / 4; i++)
+		sum += words[i];
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~sum;
+}
+
+/* Whether a container asks all neighbours for an address in the way that can be
+ * answered (RFC 4861 §7.1.1). Nobody else answers what only looks like it, nor a
+ * probe for duplicates, which comes from the unspecified address. */
+static __always_inline int is_solicitation(struct nd_frame *f)
+{
+	struct addr group __attribute__((aligned(8))) = {.b = {0xff, 0x02, [11] = 1, [12] = 0xff}};
+	const __u64 *src = (const void *)&f->src;
+
+	__builtin_memcpy(&group.b[13], &f->target.b[13], 3); /* RFC 4291 §2.7.1 */
+	return f->ip[0] >> 4 == 6 && f->len == bpf_htons(ND_LEN) && f->proto == IPPROTO_ICMPV6 && f->hop_limit == 255 &&
+	       f->type == ND_SOLICIT && !f->code && f->option == 1 && f->option_len == 1 && (src[0] | src[1]) &&
+	       same_addr(&f->dst, &group) && !nd_sum(f);
+}
+
+/* Answers a neighbour solicitation in the name of the one who has the address.
+ * A function of its own, for the room on the stack. */
+__attribute__((noinline)) int answer_nd(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
+	struct nd_frame f;
+
+	if (!p || bpf_skb_load_bytes(skb, 0, &f.eth, ND_FRAME_LEN) || !is_solicitation(&f))
 		return PASS;
-	if (to->peer) {
+	struct mac *m = find_holder(p, &f.target);
+	if (!m)
+		return PASS;
+	__builtin_memcpy(f.eth.h_dest, f.eth.h_source, ETH_ALEN);
+	__builtin_memcpy(f.eth.h_source, m->b, ETH_ALEN);
+	f.dst = f.src;
+	f.src = f.target;
+	f.type = ND_ADVERTISE;
+	f.flags = bpf_htonl(ND_SOLICITED | ND_OVERRIDE);
+	f.option = 2; /* the target's address */
+	__builtin_memcpy(f.mac, m->b, ETH_ALEN);
+	f.sum = 0;
+	f.sum = nd_sum(&f);
+	if (bpf_skb_store_bytes(skb, 0, &f.eth, ND_FRAME_LEN, 0))
+		return drop(COUNT_DROPPED_SEND);
+	count(COUNT_ND_ANSWERED);
+	return bpf_redirect(ifindex, 0);
+}
+
+/* A frame to many, which the bridge passes on unless it can be answered. */
+static __always_inline int take_question(struct __sk_buff *skb, struct cfg *c, struct port *p, struct ethhdr *eth)
+{
+	if (eth->h_proto == bpf_htons(ETH_P_ARP))
+		return c->flags & FLAG_ARP ? answer_arp(skb, p) : PASS;
+	/* A rule for IPv6 packets may be about a solicitation. */
+	if (eth->h_proto == bpf_htons(ETH_P_IPV6) && c->flags & FLAG_SHORTCUT)
+		return answer_nd(skb);
+	return PASS;
+}
+
+/* Unicast to where it is known to be, past the bridge if it may go there. */
+static __always_inline int take_unicast(struct __sk_buff *skb, struct cfg *c, struct port *p, struct ethhdr *eth)
+{
+	struct place to;
+
+	/* Elsewhere, a foreign sender is known by its peer alone. */
+	int from_foreign = p->flags & PORT_ANY_SOURCE && !is_mac_of(p, eth->h_source);
+	if (!(c->flags & FLAG_SHORTCUT) && !from_foreign)
+		return PASS;
+	if (!find(eth->h_dest, &to))
+		return PASS;
+	if (from_foreign && !share_subnet(&p->subnets, to.subnets))
+		return drop(COUNT_DROPPED_ISOLATED);
+	if (!(c->flags & FLAG_SHORTCUT))
+		return PASS;
+	if (to.peer) {
 		count(COUNT_TX);
 		count(COUNT_SHORTCUT);
-		return send(skb, c, c->self, to->peer, HOP_LIMIT, 0, 0);
+		return send(skb, c, c->self, to.peer, HOP_LIMIT, 0, 0);
 	}
-	if (!to->ifindex || to->ifindex == skb->ifindex)
+	if (!to.ifindex || to.ifindex == skb->ifindex)
 		return PASS;
-	return enter(skb, &p->subnets, 0, to);
+	return enter(skb, &p->subnets, 0, &to);
 }
 
 static __always_inline int from_port(struct __sk_buff *skb)
@@ -1552,9 +1799,14 @@ static __always_inline int from_port(struct __sk_buff *skb)
 		return drop(COUNT_DROPPED_UNKNOWN_PORT);
 	if (!is_honest(skb, p))
 		return drop(COUNT_DROPPED_SPOOFED);
-	if (c->self && c->flags & FLAG_SHORTCUT)
-		return take_shortcut(skb, c, p);
-	return PASS;
+	struct ethhdr *eth = header(skb, sizeof(*eth));
+	if (!eth)
+		return drop(COUNT_DROPPED_MALFORMED);
+	if (!c->self)
+		return PASS;
+	if (eth->h_dest[0] & 1)
+		return take_question(skb, c, p, eth);
+	return take_unicast(skb, c, p, eth);
 }
 
 /* ingress of the host side: what the container sends */
@@ -1571,18 +1823,16 @@ int port_out(struct __sk_buff *skb)
 	__u32 ifindex = skb->ifindex;
 	struct port *p = bpf_map_lookup_elem(&ports, &ifindex);
 	struct ethhdr *eth = header(skb, sizeof(*eth));
-	struct mac src = {};
+	struct place from;
 
 	if (!p)
 		return drop(COUNT_DROPPED_UNKNOWN_PORT);
 	if (!eth)
 		return drop(COUNT_DROPPED_MALFORMED);
-	__builtin_memcpy(src.b, eth->h_source, ETH_ALEN);
-	struct endpoint *e = bpf_map_lookup_elem(&endpoints, &src);
-	if (!e)
+	if (!find(eth->h_source, &from))
 		return drop(COUNT_DROPPED_UNKNOWN_MAC);
-	if (!share_subnet(&e->subnets, &p->subnets))
-		return drop_of(e->peer, COUNT_DROPPED_ISOLATED);
+	if (!share_subnet(from.subnets, &p->subnets))
+		return drop_of(from.peer, COUNT_DROPPED_ISOLATED);
 	return PASS;
 }
 

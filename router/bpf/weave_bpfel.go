@@ -53,22 +53,24 @@ const (
 	weaveCounterCOUNT_DIRECT_RX             weaveCounter = 13
 	weaveCounterCOUNT_DIRECT_RELAYED        weaveCounter = 14
 	weaveCounterCOUNT_ARP_ANSWERED          weaveCounter = 15
-	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 16
-	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 17
-	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 18
-	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 19
-	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 20
-	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 21
-	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 22
-	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 23
-	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 24
-	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 25
-	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 26
-	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 27
-	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 28
-	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 29
-	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 30
-	weaveCounterCOUNT_MAX                   weaveCounter = 31
+	weaveCounterCOUNT_ND_ANSWERED           weaveCounter = 16
+	weaveCounterCOUNT_LEARNT                weaveCounter = 17
+	weaveCounterCOUNT_DROPPED_NO_PATH       weaveCounter = 18
+	weaveCounterCOUNT_DROPPED_NOT_NEIGHBOUR weaveCounter = 19
+	weaveCounterCOUNT_DROPPED_OWN           weaveCounter = 20
+	weaveCounterCOUNT_DROPPED_HOP_LIMIT     weaveCounter = 21
+	weaveCounterCOUNT_DROPPED_REVERSE_PATH  weaveCounter = 22
+	weaveCounterCOUNT_DROPPED_BACKWARDS     weaveCounter = 23
+	weaveCounterCOUNT_DROPPED_SPOOFED       weaveCounter = 24
+	weaveCounterCOUNT_DROPPED_ISOLATED      weaveCounter = 25
+	weaveCounterCOUNT_DROPPED_UNKNOWN_MAC   weaveCounter = 26
+	weaveCounterCOUNT_DROPPED_UNKNOWN_PORT  weaveCounter = 27
+	weaveCounterCOUNT_DROPPED_LOCAL         weaveCounter = 28
+	weaveCounterCOUNT_DROPPED_MALFORMED     weaveCounter = 29
+	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 30
+	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 31
+	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 32
+	weaveCounterCOUNT_MAX                   weaveCounter = 33
 )
 
 type weaveEndpoint struct {
@@ -76,10 +78,7 @@ type weaveEndpoint struct {
 	Peer    uint16
 	Pad     uint16
 	Ifindex uint32
-	Subnets struct {
-		_   structs.HostLayout
-		Key [8]uint64
-	}
+	Subnets weaveSubnets
 }
 
 type weaveEvent struct {
@@ -109,6 +108,13 @@ const (
 	weaveHopKindHOP_SLEEVE weaveHopKind = 3
 )
 
+type weaveLearnt struct {
+	_       structs.HostLayout
+	Peer    uint32
+	Ifindex uint32
+	Seen    uint64
+}
+
 type weaveLoss struct {
 	_    structs.HostLayout
 	Peer uint16
@@ -135,11 +141,13 @@ type weavePort struct {
 	N_addrs uint16
 	Flags   uint32
 	Pad     uint32
-	Subnets struct {
-		_   structs.HostLayout
-		Key [8]uint64
-	}
-	Addrs [8]weaveAddr
+	Subnets weaveSubnets
+	Addrs   [8]weaveAddr
+}
+
+type weaveSubnets struct {
+	_   structs.HostLayout
+	Key [8]uint64
 }
 
 type weaveTraffic struct {
@@ -170,7 +178,9 @@ const (
 	weaveMapCounters      = "counters"
 	weaveMapEndpoints     = "endpoints"
 	weaveMapEvents        = "events"
+	weaveMapForeign       = "foreign"
 	weaveMapHops          = "hops"
+	weaveMapLearnts       = "learnts"
 	weaveMapLimits        = "limits"
 	weaveMapLosses        = "losses"
 	weaveMapNeighbours    = "neighbours"
@@ -251,7 +261,9 @@ type weaveMapSpecs struct {
 	Counters   *ebpf.MapSpec `ebpf:"counters"`
 	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
 	Events     *ebpf.MapSpec `ebpf:"events"`
+	Foreign    *ebpf.MapSpec `ebpf:"foreign"`
 	Hops       *ebpf.MapSpec `ebpf:"hops"`
+	Learnts    *ebpf.MapSpec `ebpf:"learnts"`
 	Limits     *ebpf.MapSpec `ebpf:"limits"`
 	Losses     *ebpf.MapSpec `ebpf:"losses"`
 	Neighbours *ebpf.MapSpec `ebpf:"neighbours"`
@@ -294,7 +306,9 @@ type weaveMaps struct {
 	Counters   *ebpf.Map `ebpf:"counters"`
 	Endpoints  *ebpf.Map `ebpf:"endpoints"`
 	Events     *ebpf.Map `ebpf:"events"`
+	Foreign    *ebpf.Map `ebpf:"foreign"`
 	Hops       *ebpf.Map `ebpf:"hops"`
+	Learnts    *ebpf.Map `ebpf:"learnts"`
 	Limits     *ebpf.Map `ebpf:"limits"`
 	Losses     *ebpf.Map `ebpf:"losses"`
 	Neighbours *ebpf.Map `ebpf:"neighbours"`
@@ -310,7 +324,9 @@ func (m *weaveMaps) Close() error {
 		m.Counters,
 		m.Endpoints,
 		m.Events,
+		m.Foreign,
 		m.Hops,
+		m.Learnts,
 		m.Limits,
 		m.Losses,
 		m.Neighbours,

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 
 	"weave.local/peer"
@@ -21,7 +22,8 @@ type tables struct {
 	trees      map[uint16]bpf.Tree
 	endpoints  map[bpf.MAC]bpf.Endpoint
 	addresses  map[bpf.Addr]bpf.MAC
-	warnings   []string // what does not fit
+	foreign    map[uint16]bpf.Subnets // of all ports of any source at a peer
+	warnings   []string               // what does not fit
 }
 
 // desired translates the router's wishes; routes are those neighbours that are
@@ -34,6 +36,7 @@ func desired(f overlay.Forwarding, routes map[peer.ShortID]netdev.NextHop) table
 		trees:      make(map[uint16]bpf.Tree, len(f.Trees)),
 		endpoints:  make(map[bpf.MAC]bpf.Endpoint, len(f.Endpoints)),
 		addresses:  addressesOf(f.Endpoints),
+		foreign:    make(map[uint16]bpf.Subnets),
 	}
 	known := t.addNeighbours(f.Neighbours, routes)
 	for dst, hop := range f.Hops {
@@ -72,7 +75,28 @@ func desired(f overlay.Forwarding, routes map[peer.ShortID]netdev.NextHop) table
 		}
 		t.endpoints[bpf.MAC(e.MAC)] = bpf.Endpoint{Peer: uint16(e.Peer), Subnets: subnets}
 	}
+	t.addForeign(f.Endpoints)
 	return t
+}
+
+// addForeign gathers the subnets that may hold addresses which nobody announced.
+func (t *tables) addForeign(list []overlay.Endpoint) {
+	addrs := make(map[peer.ShortID][]netip.Prefix)
+	for _, e := range list {
+		if e.AnySource {
+			addrs[e.Peer] = append(addrs[e.Peer], e.Addrs...)
+		}
+	}
+	for id, a := range addrs {
+		slices.SortFunc(a, func(x, y netip.Prefix) int {
+			return cmp.Or(x.Addr().Compare(y.Addr()), cmp.Compare(x.Bits(), y.Bits()))
+		})
+		subnets, ok := bpf.SubnetsOf(a)
+		if !ok {
+			t.warn("peer %d has containers of any source in more than %d subnets: in the rest, what is behind them is not heard", id, bpf.MaxSubnets)
+		}
+		t.foreign[uint16(id)] = subnets
+	}
 }
 
 // addressesOf says who has which address. One that several announce is left
@@ -147,7 +171,7 @@ func (d *DataPath) Apply(f overlay.Forwarding) error {
 			return err
 		}
 	}
-	if err := d.reconfigureLocked(f); err != nil {
+	if err := errors.Join(d.reconfigureLocked(f), d.silenceMovedLocked(want.endpoints)); err != nil {
 		return err
 	}
 	if f.Partial {
@@ -170,7 +194,11 @@ func (d *DataPath) changesLocked(want tables) ([]bpf.Change, error) {
 	hops, err2 := d.objs.Hops.Towards(want.hops, nil)
 	trees, err3 := d.objs.Trees.Towards(want.trees, nil)
 	all := want.endpoints
-	for index, p := range d.ports { // a local port goes before any announcement
+	for index, p := range d.ports {
+		// What is announced of a local port's MAC is that it has moved on.
+		if e, announced := all[p.MAC]; announced && e.Peer != 0 {
+			continue
+		}
 		all[p.MAC] = localEndpoint(index, p)
 		for _, a := range p.Addrs[:p.N] {
 			want.addresses[a] = p.MAC
@@ -178,7 +206,8 @@ func (d *DataPath) changesLocked(want tables) ([]bpf.Change, error) {
 	}
 	endpoints, err4 := d.objs.Endpoints.Towards(all, nil)
 	addresses, err5 := d.objs.Addresses.Towards(want.addresses, nil)
-	return []bpf.Change{neighbours, hops, trees, endpoints, addresses}, errors.Join(err1, err2, err3, err4, err5)
+	foreign, err6 := d.objs.Foreign.Towards(want.foreign, nil)
+	return []bpf.Change{neighbours, hops, trees, endpoints, addresses, foreign}, errors.Join(err1, err2, err3, err4, err5, err6)
 }
 
 // reconfigureLocked follows changes of the own short id, of the TAP and of
@@ -220,6 +249,25 @@ func (d *DataPath) switchOverLocked() error {
 		return err
 	}
 	return d.objs.DropOtherLayouts()
+}
+
+// silenceMovedLocked cuts off ports whose MAC has moved on though they are still
+// there, and lets those speak whose MAC is back.
+func (d *DataPath) silenceMovedLocked(endpoints map[bpf.MAC]bpf.Endpoint) error {
+	var errs []error
+	for index, p := range d.ports {
+		to := endpoints[p.MAC].Peer
+		if to != 0 {
+			errs = append(errs, netdev.ForgetMAC(index, p.MAC))
+			d.warnLocked([]string{fmt.Sprintf("device %d is cut off: its address %s was attached at peer %d after it", index, overlay.MAC(p.MAC), to)})
+		}
+		if moved := to != 0; p.Moved != moved {
+			p.Moved = moved
+			d.ports[index] = p
+			errs = append(errs, d.objs.Ports.Put(uint32(index), p))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // setRemoteLocked keeps the announcements, for the time when a local port of

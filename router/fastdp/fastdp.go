@@ -101,6 +101,7 @@ type DataPath struct {
 	uplinks  map[int]bool             // devices of the underlay that have our program
 	indirect string                   // why no neighbour is reached by the direct way, "" when some are or may be
 	barred   string                   // why frames do not go past the bridge, "" when they do
+	arp      bool                     // though barred, ARP requests are answered: no rule is about them
 	checked  time.Time                // when that was found out
 
 	// sendMu guards what follows: what Probe and MTU need.
@@ -227,7 +228,7 @@ func (d *DataPath) adoptConfig() error {
 	case d.cfg.NoShortcut:
 		d.barred = "so configured"
 	case old.Features&bpf.FeatureShortcut == 0:
-		d.barred = notLooked
+		d.barred, d.arp = notLooked, old.Features&bpf.FeatureARP != 0
 	}
 	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.featuresLocked()}
 	return d.objs.SetConfig(d.config)

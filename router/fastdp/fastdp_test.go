@@ -330,7 +330,10 @@ func TestAnySource(t *testing.T) {
 	a.start()
 	a1.raw(virtual, otherMAC)
 	wait(t, "a frame from a virtual address", func() bool { return b1.datagrams() > got })
+	taken := udp(b1.port.MAC, b1.port.MAC, a1.addr(), b1.addr())
+	a1.raw(taken)
+	wait(t, "a frame from an announced address", func() bool { return a.counter("dropped_spoofed") > spoofed+2 })
 	if n := a.counter("dropped_spoofed") - spoofed; n != 3 {
-		t.Errorf("%d frames dropped as spoofed, want 3: the MAC is checked all the same", n)
+		t.Errorf("%d frames dropped as spoofed, want 3", n)
 	}
 }

@@ -260,13 +260,17 @@ func (h *host) checkPins(index, want int) {
 	}
 }
 
-// A local port has an address before a peer that announces it, which gets it
-// when the port goes.
-func TestLocalBeforeAnnounced(t *testing.T) {
+// A local port has its address until that is announced to have moved on, and
+// again when that is taken back.
+func TestMovedOn(t *testing.T) {
 	a := started(t, 1)
 	a1 := a.container("10.32.0.1/24")
 	announced := a1.port.Endpoint
 	announced.Peer = 2
+	apply := func(list ...overlay.Endpoint) {
+		t.Helper()
+		a.must(func() error { return a.dp.Apply(overlay.Forwarding{Self: 1, Endpoints: list}) })
+	}
 	endpoint := func() peer.ShortID {
 		all, err := a.dp.objs.Endpoints.All()
 		if err != nil {
@@ -274,9 +278,14 @@ func TestLocalBeforeAnnounced(t *testing.T) {
 		}
 		return peer.ShortID(all[[6]byte(a1.port.MAC)].Peer)
 	}
-	a.must(func() error { return a.dp.Apply(overlay.Forwarding{Self: 1, Endpoints: []overlay.Endpoint{announced}}) })
-	if p := endpoint(); p != 0 {
-		t.Errorf("local address is at peer %d", p)
+	for _, c := range []struct {
+		list []overlay.Endpoint
+		want peer.ShortID
+	}{{nil, 0}, {[]overlay.Endpoint{announced}, 2}, {nil, 0}, {[]overlay.Endpoint{announced}, 2}} {
+		apply(c.list...)
+		if p := endpoint(); p != c.want {
+			t.Errorf("with %v announced the address is at peer %d, want %d", c.list, p, c.want)
+		}
 	}
 	a.must(func() error { return a.dp.RemovePort(a1.port.IfIndex) })
 	if p := endpoint(); p != 2 {

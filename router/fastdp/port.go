@@ -10,6 +10,9 @@ import (
 	"weave.local/router/overlay"
 )
 
+// The programs have room for all addresses that a port may have.
+const _ = uint(bpf.MaxAddrs - overlay.MaxAddrs)
+
 // SetPort adds a local port or replaces what is known of it. The bridge
 // itself is the exposed host: its frames are not checked, since it may route
 // for others.
@@ -35,6 +38,10 @@ func (d *DataPath) SetPort(p overlay.Port) error {
 	}
 	d.ports[p.IfIndex] = port
 	if err := d.moveAddrsLocked(old, port); err != nil {
+		return err
+	}
+	// Where the bridge saw it before it was here is wrong now.
+	if err := netdev.ForgetMAC(d.vxlan, port.MAC); err != nil {
 		return err
 	}
 	if replaced && old.MAC != port.MAC {

@@ -34,6 +34,9 @@ func (d *DataPath) featuresLocked() uint32 {
 	if d.barred == "" {
 		f |= bpf.FeatureShortcut
 	}
+	if d.barred == "" || d.arp {
+		f |= bpf.FeatureARP
+	}
 	return f
 }
 
@@ -85,9 +88,11 @@ func (d *DataPath) checkRules() {
 		return
 	}
 	why := d.bars(devices, subnets, clsact)
+	arp := why != "" && d.mayAnswerARP()
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.checked = time.Now()
+	d.arp = arp
 	before := d.barred
 	d.barred = why // rules may be listed with counters, so this one may differ each time
 	if before != notLooked && (why == "") == (before == "") {
@@ -127,6 +132,16 @@ func (d *DataPath) bars(devices []int, subnets []netip.Prefix, clsact bool) stri
 		}
 	}
 	return ""
+}
+
+// mayAnswerARP says whether ARP requests may be answered though other frames
+// must take the bridge: rules for IP packets are not about them.
+func (d *DataPath) mayAnswerARP() bool {
+	if d.cfg.NoShortcut {
+		return false
+	}
+	why, err := netdev.ARPRules()
+	return why == "" && err == nil
 }
 
 func orError(why string, err error) string {

@@ -15,6 +15,7 @@ import (
 
 // Families of netfilter that see frames apart from those of IP.
 const (
+	nfFamilyARP    = 3
 	nfFamilyNetdev = 5
 	nfFamilyBridge = 7
 )
@@ -39,12 +40,40 @@ func FrameRules() (string, error) {
 		}
 	}
 	// The old ebtables does not tell without loading its own modules.
-	for _, table := range []string{"ebtable_filter", "ebtable_nat", "ebtable_broute"} {
-		if _, err := os.Stat(filepath.Join("/sys/module", table)); err == nil {
-			return "ebtables is in use", nil
-		}
+	if hasModule("ebtable_filter", "ebtable_nat", "ebtable_broute") {
+		return "ebtables is in use", nil
 	}
 	return "", nil
+}
+
+// ARPRules says what in this network namespace may have rules about ARP: all that
+// FrameRules names, nftables of the family arp, or arptables. It is "" when
+// nothing does.
+func ARPRules() (string, error) {
+	why, err := FrameRules()
+	if why != "" || err != nil {
+		return why, err
+	}
+	active, err := hasRules(nfFamilyARP)
+	switch {
+	case err != nil:
+		return "", err
+	case active:
+		return "nftables has rules of the family arp", nil
+	case hasModule("arptable_filter"):
+		return "arptables is in use", nil
+	}
+	return "", nil
+}
+
+// hasModule says whether the kernel has loaded one of the modules.
+func hasModule(names ...string) bool {
+	for _, name := range names {
+		if _, err := os.Stat(filepath.Join("/sys/module", name)); err == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // hasRules says whether nftables of a family has a rule, or a chain that drops.

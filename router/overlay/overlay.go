@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"weave.local/peer"
 	"weave.local/router/seal"
@@ -16,6 +17,9 @@ const (
 	FastDP = "fastdp"
 	Sleeve = "sleeve"
 )
+
+// MaxAddrs is how many IP addresses a local port may have.
+const MaxAddrs = 8
 
 // MAC is an Ethernet address.
 type MAC [6]byte
@@ -32,6 +36,11 @@ type Endpoint struct {
 	MAC   MAC
 	Addrs []netip.Prefix
 	Peer  peer.ShortID // the peer it is on
+
+	// AnySource says that its port may also send from IP addresses that are
+	// not its own, and from Ethernet addresses that no endpoint has, as the
+	// port of a router, of a virtual machine or of a virtual address does.
+	AnySource bool
 }
 
 // Port is a local endpoint: the host side of a container's veth pair or, for
@@ -39,10 +48,9 @@ type Endpoint struct {
 type Port struct {
 	IfIndex int    // of the host-side device, in the daemon's namespace
 	IfName  string // for messages
-	// AnySource lets the port send from IP addresses that are not its own,
-	// as a router or the holder of a virtual address does. Its MAC is
-	// checked all the same.
-	AnySource bool
+	// Since is when it was attached: of two ports with one MAC, the later one
+	// is where that lives. Zero: now.
+	Since time.Time
 	Endpoint
 }
 
@@ -85,7 +93,7 @@ type Forwarding struct {
 	Neighbours []Neighbour
 	Hops       map[peer.ShortID]Hop  // by destination; also holds each neighbour itself
 	Trees      map[peer.ShortID]Tree // by source, Self included
-	Endpoints  []Endpoint            // announced by other peers
+	Endpoints  []Endpoint            // announced by other peers; they go before local ports with the same MAC
 }
 
 // Flow is what went one way between this peer and a neighbour on one path. A

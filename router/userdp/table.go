@@ -33,9 +33,12 @@ func newTable(self peer.ShortID, bridge int, announced []overlay.Endpoint, ports
 	for _, e := range announced {
 		t.endpoints[e.MAC] = endpoint{peer: e.Peer, subnets: masked(e.Addrs)}
 	}
-	for _, p := range ports { // a local port goes before any announcement
+	for _, p := range ports {
 		e := endpoint{subnets: masked(p.Addrs), port: p}
-		t.endpoints[p.MAC] = e
+		// What is announced of a local port's MAC is that it has moved on.
+		if old, announced := t.endpoints[p.MAC]; !announced || old.peer == 0 {
+			t.endpoints[p.MAC] = e
+		}
 		for _, s := range e.subnets {
 			t.subnets[s] = true
 		}

@@ -11,10 +11,11 @@
 // To the sleeve the socket pair is its TAP: each message is a frame with its
 // virtio-net header. So frames may be super-frames here as well.
 //
-// The rules are those of package bpf, with one exception: frames between
+// The rules are those of package bpf, with exceptions: frames between
 // containers of one host do not come by, nor can a broadcast be kept from some
 // of them. On one host, containers of different subnets are apart only as far
-// as their addresses go. Forwarding ends with the daemon.
+// as their addresses go. Nor is it known which container a frame is from, so
+// foreign Ethernet addresses are nobody's. Forwarding ends with the daemon.
 package userdp
 
 import (

@@ -70,7 +70,7 @@ func Missing(docker bool) string {
 	}
 	tools := []string{"ip", "nft", "tini-static", "iptables-save"}
 	if docker {
-		tools = append(tools, "dockerd", "docker", "busybox")
+		tools = append(tools, "dockerd", "docker", "busybox", "curl")
 	}
 	for _, t := range tools {
 		if _, err := exec.LookPath(t); err != nil {

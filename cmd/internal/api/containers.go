@@ -16,7 +16,7 @@ const driverName = "weave"
 // target turns the name of a container or the path of a namespace into what
 // can be attached.
 func (s *Server) target(ctx context.Context, req AttachRequest) (attach.Target, error) {
-	t := attach.Target{ID: req.NetNS, NetNS: req.NetNS, NoMulticastRoute: req.NoMulticastRoute}
+	t := attach.Target{ID: req.NetNS, NetNS: req.NetNS, NoMulticastRoute: req.NoMulticastRoute, AnySource: req.AnySource}
 	switch {
 	case req.NetNS != "" && req.Container != "":
 		return t, badRequest(errors.New("name a container or a network namespace, not both"))
@@ -41,6 +41,7 @@ func (s *Server) target(ctx context.Context, req AttachRequest) (attach.Target, 
 		return t, badRequest(fmt.Errorf("container %s uses the host's network: give the host an address with 'weave expose'", req.Container))
 	}
 	t.ID = info.ID
+	t.AnySource = t.AnySource || docker.AllowsAnySource(info.Config.Labels)
 	t.NetNS = fmt.Sprintf("/proc/%d/ns/net", info.State.Pid)
 	return t, nil
 }

@@ -167,6 +167,7 @@ type AttachRequest struct {
 	NetNS            string   `json:",omitempty"`
 	Addresses        []string `json:",omitempty"`
 	NoMulticastRoute bool     `json:",omitempty"`
+	AnySource        bool     `json:",omitempty"` // may send from any address
 }
 
 // ExposeRequest asks for addresses on the host itself.

@@ -61,24 +61,29 @@ func target(cmd *cobra.Command, args []string, netns string) (api.AttachRequest,
 
 func attachCommand(e *env) *cobra.Command {
 	var netns string
-	var noMulticast bool
+	var noMulticast, anySource bool
 	c := &cobra.Command{
 		Use:   "attach [address...] {container | --netns path}",
 		Short: "Join a running container or a network namespace to the network",
 		Long: `Join a running container, or the network namespace whose file --netns names, to
 the network, and print its addresses.
+
+It may send from its own addresses only, unless --any-source is given: that lets
+a router, virtual machines or the holder of a virtual address behind it take
+part. The permission ends when it is detached.
 ` + addressHelp,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req, err := target(cmd, args, netns)
 			if err != nil {
 				return err
 			}
-			req.NoMulticastRoute = noMulticast
+			req.NoMulticastRoute, req.AnySource = noMulticast, anySource
 			return e.printAddresses(cmd.Context(), "/attach", req)
 		},
 	}
 	c.Flags().StringVar(&netns, "netns", "", "file of a network namespace, in place of a container")
 	c.Flags().BoolVar(&noMulticast, "no-multicast-route", false, "do not route multicast over the network")
+	c.Flags().BoolVar(&anySource, "any-source", false, "let it send from any Ethernet and IP address")
 	return c
 }
 

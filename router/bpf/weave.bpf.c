@@ -1040,11 +1040,12 @@ static __always_inline void learn_from_peer(struct ethhdr *eth, __u32 peer)
 		learn(&src, peer, 0);
 }
 
-/* where an Ethernet address is */
+/* Where an Ethernet address is. All of one size: the verifier of 5.10 takes back
+ * from the stack only what is as large as what was put there. */
 struct place {
-	__u32 peer;    /* 0: on this host, */
-	__u32 ifindex; /* behind this veth, 0 if it is none */
-	int is_foreign;
+	__u64 peer;    /* 0: on this host, */
+	__u64 ifindex; /* behind this veth, 0 if it is none */
+	__u64 is_foreign;
 	struct subnets *subnets;
 };
 

@@ -164,12 +164,13 @@ func TestJudge(t *testing.T) {
 			missed = append(missed, b.Text)
 		}
 	}
-	if len(r.Bars) != 4 || len(missed) != 2 || !r.missed() {
-		t.Errorf("bars %+v; the throughput and the mesh miss theirs", r.Bars)
+	if len(r.Bars) != 5 || len(missed) != 3 || !r.missed() {
+		t.Errorf("bars %+v; throughput, ping-pong and mesh miss theirs", r.Bars)
 	}
 	r = sample()
 	r.Underlays[0].Mesh.MeshSeconds = 1
-	r.Underlays[0].path("fastdp").Rounds["tcp1"] = []float64{9.6, 19.6, 29}
+	r.Underlays[0].path("fastdp").Rounds["tcp1"] = []float64{10.6, 21, 32}
+	r.Underlays[0].path("fastdp").Rounds["rtt50"] = []float64{18, 19, 20}
 	if r.judge(); r.missed() {
 		t.Errorf("bars %+v; all are met", r.Bars)
 	}
@@ -222,7 +223,7 @@ func TestMeasures(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,sleeve,tcp1,udp,rtt",
+	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,relay,sleeve,tcp1,udp,rtt",
 		"--endpoints", "1000", "--peers", "50")
 	cmd.Stderr = t.Output()
 	out, err := cmd.Output()
@@ -233,7 +234,7 @@ func TestMeasures(t *testing.T) {
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 4 || r.Crowd == nil || r.Crowd.Endpoints != 1000 {
+	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 5 || r.Crowd == nil || r.Crowd.Endpoints != 1000 {
 		t.Fatalf("%s", out)
 	}
 	for _, p := range r.Underlays[0].Paths {
@@ -246,7 +247,7 @@ func TestMeasures(t *testing.T) {
 	if m := r.Underlays[0].Mesh; m == nil || m.RSSBytes < 1<<20 || m.LaunchSeconds <= 0 || m.MeshSeconds < m.LaunchSeconds {
 		t.Errorf("daemons: %+v", m)
 	}
-	if len(r.Bars) != 8 {
+	if len(r.Bars) != 12 {
 		t.Errorf("bars: %+v", r.Bars)
 	}
 }

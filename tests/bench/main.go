@@ -4,6 +4,7 @@
 //	raw     host to host on the underlay
 //	vxlan   kernel bridge + VXLAN with a static forwarding table, MTU 1450
 //	fastdp  ours, with real daemons
+//	relay   the same through a third host, the ends knowing only that one
 //	sleeve  ours, daemons launched with --no-fastdp (for information)
 //
 // With --endpoints there is one more, fastdp-full: fastdp itself, while the

@@ -19,7 +19,7 @@ import (
 
 // What there is to choose from, in the order in which it is shown.
 func allUnderlays() []string { return []string{"super", "wire"} }
-func allPaths() []string     { return []string{"raw", "vxlan", "fastdp", "sleeve"} }
+func allPaths() []string     { return []string{"raw", "vxlan", "fastdp", "relay", "sleeve"} }
 func allMeasures() []string  { return []string{"tcp1", "tcp4", "udp", "rtt"} }
 
 const (
@@ -109,15 +109,18 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 // stillThere fails when a connection is no longer by the path it was measured
 // for.
 func (s *scene) stillThere(ctx context.Context) error {
+	host := s.lab.Host
 	for _, p := range s.paths {
-		var hosts []*lab.Host
+		var err error
 		switch p.name {
 		case "fastdp":
-			hosts = s.lab.Hosts[:3]
+			err = s.connected(ctx, p.name, []*lab.Host{host("f1"), host("f2"), host("f3")})
+		case "relay":
+			err = s.relayed(ctx, host("r1"), host("r2"), host("r3"))
 		case "sleeve":
-			hosts = s.lab.Hosts[3:]
+			err = s.connected(ctx, p.name, []*lab.Host{host("s1"), host("s2")})
 		}
-		if err := s.connected(ctx, p.name, hosts); err != nil {
+		if err != nil {
 			return fmt.Errorf("after the measurement: %w", err)
 		}
 	}

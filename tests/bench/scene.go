@@ -63,6 +63,7 @@ type path struct {
 // scene is a lab with all paths laid:
 //
 //	f1 ── f2 ── f3   raw, vxlan and fastdp between f1 and f2; f3 makes them three peers
+//	r1 ── r2 ── r3   relay: from r1 to r3, which do not know each other
 //	s1 ── s2         sleeve
 type scene struct {
 	lab   *lab.Lab
@@ -80,7 +81,7 @@ type meshFigures struct {
 }
 
 func buildScene(ctx context.Context, underlay, weave string, names []string) (s *scene, err error) {
-	l, err := lab.New(ctx, lab.Config{Hosts: []string{"f1", "f2", "f3", "s1", "s2"}, MTU: rawMTU, Wire: underlay == "wire"})
+	l, err := lab.New(ctx, lab.Config{Hosts: []string{"f1", "f2", "f3", "r1", "r2", "r3", "s1", "s2"}, MTU: rawMTU, Wire: underlay == "wire"})
 	if err != nil {
 		return nil, err
 	}
@@ -101,6 +102,8 @@ func buildScene(ctx context.Context, underlay, weave string, names []string) (s 
 			p, err = s.layOurs(ctx, "fastdp", l.Host("f1"), l.Host("f2"), l.Host("f3"))
 		case fullPath:
 			p = s.paths[len(s.paths)-1]
+		case "relay":
+			p, err = s.layRelay(ctx, l.Host("r1"), l.Host("r2"), l.Host("r3"))
 		case "sleeve":
 			p, err = s.layOurs(ctx, "sleeve", l.Host("s1"), l.Host("s2"))
 		}
@@ -175,6 +178,38 @@ func (s *scene) layOurs(ctx context.Context, kind string, hosts ...*lab.Host) (p
 		}
 	}
 	return s.join(ctx, hosts[0], hosts[1])
+}
+
+// layRelay joins a namespace on each of two hosts that know only the one between
+// them, which relays.
+func (s *scene) layRelay(ctx context.Context, a, relay, b *lab.Host) (path, error) {
+	for _, h := range []*lab.Host{relay, a, b} {
+		args := []string{s.weave, "launch", "--no-dns", "--no-discovery", "--docker-api", ""}
+		if h != relay {
+			args = append(args, relay.Name)
+		}
+		if err := h.Run(ctx, args...).Err(); err != nil {
+			return path{}, err
+		}
+	}
+	if err := lab.Wait(ctx, meshTimeout, func() error { return s.relayed(ctx, a, relay, b) }); err != nil {
+		return path{}, err
+	}
+	return s.join(ctx, a, b)
+}
+
+// relayed says whether two hosts have fastdp to the relay only.
+func (s *scene) relayed(ctx context.Context, a, relay, b *lab.Host) error {
+	for h, want := range map[*lab.Host]int{a: 1, relay: 2, b: 1} {
+		text, err := h.Output(ctx, s.weave, "status", "connections")
+		if err != nil {
+			return err
+		}
+		if n := countEstablished(text, "fastdp"); n != want {
+			return fmt.Errorf("%s has %d established connections by fastdp, want %d:\n%s", h.Name, n, want, text)
+		}
+	}
+	return nil
 }
 
 // connected says whether each host has all others, by the path of that kind.

@@ -30,6 +30,20 @@ func (h *host) grows(name string, f func()) bool {
 	return h.counter(name) != before
 }
 
+// directPair is two hosts that have the direct way to each other, and a
+// container on each; the second echoes.
+func directPair(t *testing.T) (l line, a1, b1 *container) {
+	t.Helper()
+	l = newLineOf(t, kind{direct: true}, 1500)
+	a1, b1 = l[0].container("10.32.0.1/24"), l[1].container("10.32.0.2/24")
+	b1.echo()
+	l.apply(nil)
+	if !l[0].grows("direct_tx", func() { a1.reaches(b1.addr(), 100) }) || l[1].counter("direct_rx") == 0 {
+		t.Fatal("not direct at first")
+	}
+	return l, a1, b1
+}
+
 // A host on which frames go the direct way and one on which they do not
 // understand each other.
 func TestDirectAndNot(t *testing.T) {
@@ -113,15 +127,8 @@ func (c *container) sameBytes(to *container, size int) {
 // When nobody watches the routes any more, frames ask the kernel again, without
 // a gap.
 func TestDirectEnds(t *testing.T) {
-	l := newLineOf(t, kind{direct: true}, 1500)
-	a, b := l[0], l[1]
-	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	a1.reaches(b1.addr(), 100)
-	if !a.grows("direct_tx", func() { a1.reaches(b1.addr(), 100) }) {
-		t.Fatal("not direct at first")
-	}
+	l, a1, b1 := directPair(t)
+	b := l[1]
 	sent, back := a1.during(b1.addr(), func() {
 		for _, h := range l {
 			h.dp.cfg.directFor = -time.Second
@@ -149,12 +156,8 @@ func TestDirectEnds(t *testing.T) {
 
 // A route that moves to another device is followed.
 func TestDirectFollowsRoutes(t *testing.T) {
-	l := newLineOf(t, kind{direct: true}, 1500)
+	l, a1, b1 := directPair(t)
 	a, b := l[0], l[1]
-	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	a1.reaches(b1.addr(), 100)
 	a.ip("link add other type veth peer name other netns " + b.path)
 	for _, h := range l {
 		h.ip("link set other up")
@@ -194,12 +197,8 @@ func TestDirectFollowsRoutes(t *testing.T) {
 
 // Whoever looks at packets of the host is not passed by.
 func TestWhatBarsTheDirectWay(t *testing.T) {
-	l := newLineOf(t, kind{direct: true}, 1500)
+	l, a1, b1 := directPair(t)
 	a := l[0]
-	a1, b1 := a.container("10.32.0.1/24"), l[1].container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	a1.reaches(b1.addr(), 100)
 	for _, c := range []struct{ name, bar, clear string }{
 		{"IPsec", "ip xfrm policy add src 192.0.2.1 dst 198.51.100.9 dir out tmpl src 192.0.2.1 dst 198.51.100.9 proto esp mode transport", "ip xfrm policy flush"},
 		{"ingress filter", "tc qdisc add dev to2 ingress", "tc qdisc del dev to2 ingress"},
@@ -277,15 +276,8 @@ func TestJoined(t *testing.T) {
 // Strangers do not get in by the direct way, and what is not plain VXLAN takes
 // the VXLAN device, which knows what to do with it.
 func TestDirectIsPicky(t *testing.T) {
-	l := newLineOf(t, kind{direct: true}, 1500)
+	l, a1, b1 := directPair(t)
 	a, b := l[0], l[1]
-	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	a1.reaches(b1.addr(), 100)
-	if !b.grows("direct_rx", func() { a1.reaches(b1.addr(), 100) }) {
-		t.Fatal("not direct")
-	}
 	a.ip("addr add 192.0.2.77/32 dev to2")
 	b.ip("route add 192.0.2.77/32 dev to1")
 	for _, c := range []struct {

@@ -17,7 +17,12 @@ const echoPort = 7
 // echo answers datagrams until the test ends.
 func (c *container) echo() {
 	c.t.Helper()
-	conn := c.listen(echoPort)
+	c.answer(c.listen(echoPort))
+}
+
+// answer sends datagrams back to where they come from.
+func (c *container) answer(conn *net.UDPConn) {
+	c.t.Helper()
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		b := make([]byte, 65536)

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"sync"
 	"testing"
 	"time"
 
@@ -256,18 +255,7 @@ func (c *container) echoIPv6() {
 		conn, err = net.ListenUDP("udp6", net.UDPAddrFromAddrPort(netip.AddrPortFrom(c.port.Addrs[1].Addr(), echoPort)))
 		return err
 	})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		b := make([]byte, 65536)
-		for {
-			n, from, err := conn.ReadFromUDPAddrPort(b)
-			if err != nil {
-				return
-			}
-			_, _ = conn.WriteToUDPAddrPort(b[:n], from)
-		}
-	})
-	c.t.Cleanup(func() { _ = conn.Close(); wg.Wait() })
+	c.answer(conn)
 }
 
 // transfer sends bytes by TCP to an address of another container.

@@ -127,10 +127,10 @@ func (p *pathState) why(now time.Time) string {
 	switch {
 	case p.barred != "":
 		return p.barred
-	case !p.up && p.sendErr != "":
-		return p.sendErr
 	case !p.up && p.peerLacks != "":
 		return "no fast path on that host: " + p.peerLacks
+	case !p.up && p.sendErr != "":
+		return p.sendErr
 	case !p.up && !p.trial.IsZero():
 		return fmt.Sprintf("on trial: probes are answered for %s, want %s", seconds(now.Sub(p.trial)), seconds(p.trialTime()))
 	case !p.up && p.lastAck.IsZero():

@@ -84,6 +84,7 @@ func testMixedUnderlay(t *testing.T) {
 		t.Errorf("the stream stood still for %s, want at most %s", gap, narrowBar)
 	}
 	wantConnection(t, u1, "u2", 1330)
+	wantConnection(t, u2, "u1", 1330) // which finds out by itself
 	wantSteps(t, cs[1], cs[0], 1330)
 }
 

@@ -438,6 +438,8 @@ static __always_inline int is_zero_mac(const __u8 *m)
 	return !(m[0] | m[1] | m[2] | m[3] | m[4] | m[5]);
 }
 
+#define DF bpf_htons(0x4000) /* in frag_off of an IPv4 header */
+
 /* ---- what fits ---- */
 
 /* Where the transport header of an IP packet starts, from the packet's start. */
@@ -556,6 +558,11 @@ static __always_inline __u16 fold(__u32 sum)
 	return (sum & 0xffff) + (sum >> 16);
 }
 
+static __always_inline __u16 ip_checksum(const void *ip)
+{
+	return ~fold(bpf_csum_diff(0, 0, (void *)ip, sizeof(struct iphdr), 0));
+}
+
 static __always_inline int is_icmp_error(struct __sk_buff *skb, struct transport *t)
 {
 	__u8 type;
@@ -634,7 +641,7 @@ static __always_inline int make_too_big4(struct __sk_buff *skb, struct transport
 
 	if (bpf_skb_load_bytes(skb, 0, &e.eth, ETH_HLEN + sizeof(e.ip)) || e.eth.h_dest[0] & 1 || !may_answer4(&e))
 		return ERROR_NONE;
-	if (!(e.ip.frag_off & bpf_htons(0x4000)) && !also_without_df)
+	if (!(e.ip.frag_off & DF) && !also_without_df)
 		return ERROR_NONE;
 	sum = make_quote(skb, t);
 	if (sum < 0 || bpf_skb_adjust_room(skb, len - ETH_HLEN, BPF_ADJ_ROOM_MAC, 0))
@@ -642,8 +649,8 @@ static __always_inline int make_too_big4(struct __sk_buff *skb, struct transport
 	turn_round(&e.eth);
 	from = e.ip.daddr;
 	e.ip = (struct iphdr){.version = 4, .ihl = 5, .tot_len = bpf_htons(len - ETH_HLEN + QUOTE), .ttl = ERROR_TTL,
-			      .frag_off = bpf_htons(0x4000), .protocol = IPPROTO_ICMP, .saddr = from, .daddr = e.ip.saddr};
-	e.ip.check = ~fold(bpf_csum_diff(0, 0, (void *)&e.ip, sizeof(e.ip), 0));
+			      .frag_off = DF, .protocol = IPPROTO_ICMP, .saddr = from, .daddr = e.ip.saddr};
+	e.ip.check = ip_checksum(&e.ip);
 	e.icmp = (struct icmp_too_big){.type = 3, .code = 4, .mtu = bpf_htonl(mtu)};
 	e.icmp.csum = ~fold(bpf_csum_diff(0, 0, (void *)&e.icmp, sizeof(e.icmp), sum));
 	return bpf_skb_store_bytes(skb, 0, &e.eth, len, BPF_F_RECOMPUTE_CSUM) ? ERROR_FAILED : ERROR_MADE;
@@ -710,7 +717,7 @@ static __always_inline int wants_df(struct __sk_buff *skb)
 	if (!eth)
 		return 1;
 	ip = (void *)(eth + 1);
-	return ip->frag_off & bpf_htons(0x4000);
+	return ip->frag_off & DF;
 }
 
 /* whole: the frame fits; one that does not has to be fragmented outside */
@@ -774,7 +781,6 @@ struct tunnel {
 
 #define TUNNEL_END (ETH_HLEN + sizeof(struct tunnel)) /* where the packet inside starts */
 #define VXLAN_FLAGS bpf_htonl(0x08000000) /* the identifier is valid */
-#define DF bpf_htons(0x4000)
 #define CE 3 /* congestion was met (RFC 3168) */
 #define MAX_DIRECT 65000 /* longer frames cannot have their length told outside */
 #define PORTS_FROM 32768 /* source ports: the flow's share of the ephemeral ones */
@@ -784,11 +790,6 @@ struct tunnel {
 static __always_inline int is_direct_on(struct cfg *c)
 {
 	return c->flags & FLAG_SHORTCUT && bpf_ktime_get_ns() < c->direct_until;
-}
-
-static __always_inline __u16 ip_checksum(const void *ip)
-{
-	return ~fold(bpf_csum_diff(0, 0, (void *)ip, sizeof(struct iphdr), 0));
 }
 
 /* The ECN field that belongs outside, as the VXLAN device has it: CE is met

@@ -92,13 +92,12 @@ func (m *Manager) named(hostIf, id string) string {
 // JoinEndpoint notes in which namespace an endpoint is, for List. An unknown id
 // is an error.
 func (m *Manager) JoinEndpoint(ctx context.Context, id, netns string) error {
-	unlock, err := m.keys.lock(ctx, id)
+	r, unlock, err := m.lockEndpoint(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r := m.get(id)
-	if r == nil || r.Kind != KindEndpoint {
+	if r == nil {
 		return fmt.Errorf("there is no endpoint %s", id)
 	}
 	r.NetNS = netns
@@ -108,13 +107,12 @@ func (m *Manager) JoinEndpoint(ctx context.Context, id, netns string) error {
 // AllowAnySource lets an endpoint send from any source, as EndpointSpec.AnySource
 // does from the start. An unknown id is an error.
 func (m *Manager) AllowAnySource(ctx context.Context, id string) error {
-	unlock, err := m.keys.lock(ctx, id)
+	r, unlock, err := m.lockEndpoint(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r := m.get(id)
-	if r == nil || r.Kind != KindEndpoint {
+	if r == nil {
 		return fmt.Errorf("there is no endpoint %s", id)
 	}
 	if r.AnySource {
@@ -127,16 +125,27 @@ func (m *Manager) AllowAnySource(ctx context.Context, id string) error {
 	return m.cfg.SetPort(r.port())
 }
 
+// lockEndpoint keeps others from an endpoint until unlock; r is nil when there is
+// none of that id.
+func (m *Manager) lockEndpoint(ctx context.Context, id string) (r *record, unlock func(), err error) {
+	if unlock, err = m.keys.lock(ctx, id); err != nil {
+		return nil, nil, err
+	}
+	if r = m.get(id); r != nil && r.Kind != KindEndpoint {
+		r = nil
+	}
+	return r, unlock, nil
+}
+
 // DeleteEndpoint removes what CreateEndpoint made; an unknown id is no error.
 // The addresses stay allocated.
 func (m *Manager) DeleteEndpoint(ctx context.Context, id string) error {
-	unlock, err := m.keys.lock(ctx, id)
+	r, unlock, err := m.lockEndpoint(ctx, id)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r := m.get(id)
-	if r == nil || r.Kind != KindEndpoint {
+	if r == nil {
 		return nil
 	}
 	if err := m.unplug(r); err != nil {

@@ -63,6 +63,7 @@ type Router struct {
 	byShortID  map[peer.ShortID]peer.Name
 	local      map[int]localPort
 	published  bool
+	forgot     bool               // a peer was removed for good
 	noData     map[peer.Name]bool // neighbours that others are told no data path works to
 	plan       *plan
 	memory     memory
@@ -116,8 +117,8 @@ func (r *Router) Use(sw overlay.Switch, paths ...overlay.Overlay) {
 
 // Hold says that the kernel already forwards, left so by an earlier run:
 // forwarding states are partial until links, paths and endpoints have come to
-// rest, so that nothing is taken away that is merely not known yet. To be
-// called before Run.
+// rest, so that nothing is taken away that is merely not known yet, and peers
+// that have not been met after that stay as they were. To be called before Run.
 func (r *Router) Hold() { r.hold = true }
 
 // SetLocal adds a local port, or replaces it, and announces its endpoint. A new
@@ -212,9 +213,12 @@ func (r *Router) Publish() {
 	r.cfg.Table.Load(entries)
 }
 
-// Forget drops what is remembered of a peer that was removed for good.
+// Forget drops what is remembered of a peer that was removed for good. If an
+// earlier run knew it, only its short id is left, and which that is nobody
+// knows: all that is inherited goes.
 func (r *Router) Forget(name peer.Name) {
 	r.mu.Lock()
+	r.forgot = true
 	r.plan.forget(name)
 	delete(r.memory, name)
 	r.mu.Unlock()
@@ -352,6 +356,7 @@ func (r *Router) settled(now, begun, lastChange time.Time) bool {
 func (r *Router) apply(partial bool) error {
 	f := r.forwarding()
 	f.Partial = partial
+	f.Inherit = r.inherits()
 	var errs []error
 	for _, p := range r.inOrder(f.Hops) {
 		if err := p.Apply(lawful(f, p.Name())); err != nil {
@@ -360,6 +365,13 @@ func (r *Router) apply(partial bool) error {
 	}
 	r.applied = f.Hops
 	return errors.Join(errs...)
+}
+
+// inherits says whether peers not met yet may be in the kernel's tables.
+func (r *Router) inherits() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.hold && !r.forgot
 }
 
 // inOrder are the data paths, and first those that hops are taken from: a

@@ -16,11 +16,9 @@ import (
 	"weave.local/tests/lab"
 )
 
-// What traffic may pause where a kernel is emulated, on a busy machine at that.
-const (
-	slow     = 3 * time.Second  // nobody touches it
-	slowBack = 10 * time.Second // three daemons start
-)
+// slow is what traffic may pause where a kernel is emulated, on a busy machine
+// at that.
+const slow = 3 * time.Second
 
 // removeNamespaces takes away what runBare makes, and the folder that ip(8)
 // mounts for it.
@@ -219,10 +217,15 @@ func testAllKilled(t *testing.T, l *lab.Lab, cs []*container) {
 		t.Errorf("1 MB without daemons: %v", err)
 	}
 	begin = time.Now()
-	for _, h := range l.Hosts {
+	for _, h := range l.Hosts[:2] {
 		launch(t, h, "--no-dns", "--docker-api=", "--resume")
 	}
+	for _, h := range l.Hosts[:2] {
+		within(t, patience, "one connection", func() error { return on(t.Context(), h, 1, "fastdp") })
+	}
+	holds(t, flows, begin, 4*time.Second, slow) // they have settled and have not met the third
+	launch(t, l.Hosts[2], "--no-dns", "--docker-api=", "--resume")
 	established(t, l, patience)
-	holds(t, flows, begin, 2*time.Second, slowBack)
+	holds(t, flows, begin, 2*time.Second, slow)
 	allReach(t, cs...)
 }

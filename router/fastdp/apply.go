@@ -161,6 +161,7 @@ func (d *DataPath) Apply(f overlay.Forwarding) error {
 	defer d.mu.Unlock()
 	want := desired(f, d.routesLocked(f))
 	d.warnLocked(want.warnings)
+	d.inheritLocked(&want, f)
 	d.setRemoteLocked(want, f.Partial)
 	changes, err := d.changesLocked(want)
 	if err != nil {

@@ -104,6 +104,8 @@ type DataPath struct {
 	arp      bool                     // though barred, ARP requests are answered: no rule is about them
 	checked  time.Time                // when that was found out
 
+	inherited inherited // of an earlier daemon, for peers that no Apply has named
+
 	// sendMu guards what follows: what Probe and MTU need.
 	sendMu     sync.Mutex
 	self       peer.ShortID
@@ -299,6 +301,9 @@ func (d *DataPath) adopt() error {
 	}
 	for index, p := range ports {
 		d.ports[int(index)] = p
+	}
+	if err := d.inherit(); err != nil {
+		return err
 	}
 	if err := d.sweep(); err != nil {
 		return err

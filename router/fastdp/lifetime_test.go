@@ -177,6 +177,57 @@ func (h *host) checkAttachments(port int, noTCX bool) {
 	}
 }
 
+// What the kernel does for a peer that the next daemon has not met stays,
+// until the peer is met or a state no longer leaves it.
+func TestInherited(t *testing.T) {
+	l := newLine(t, 1500)
+	a, b := l[0], l[1]
+	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
+	b1.echo()
+	l.apply(nil)
+	if !a1.reaches(b1.addr(), 100) {
+		t.Fatal("no way between the hosts")
+	}
+	heard, shouts := b1.watch(number), uint64(0)
+	restart := func() {
+		t.Helper()
+		a.must(a.dp.Close)
+		a.start()
+		a.must(func() error { return a.dp.SetPort(a1.port) })
+	}
+	nobody := overlay.Forwarding{Self: a.id, Inherit: true, Trees: map[peer.ShortID]overlay.Tree{a.id: {}}}
+	met := l.forwarding(0, nil)
+	met.Inherit, met.Endpoints = true, nil
+	gone := nobody
+	gone.Inherit = false
+	for name, end := range map[string]overlay.Forwarding{"met without endpoints": met, "not to be left": gone} {
+		t.Run(name, func(t *testing.T) {
+			l.apply(nil)
+			restart()
+			a.must(func() error { return a.dp.Apply(nobody) })
+			if !a1.reaches(b1.addr(), 100) {
+				t.Error("a peer that nobody has met was given up")
+			}
+			shouts++
+			a1.raw(a1.shout(shouts))
+			for tries := 0; heard.count(number(a1.shout(shouts))) == 0 && tries < 100; tries++ {
+				a1.reaches(b1.addr(), 100)
+			}
+			if n := heard.count(number(a1.shout(shouts))); n != 1 {
+				t.Errorf("it hears a broadcast %d times", n)
+			}
+			a.must(func() error { return a.dp.Apply(end) })
+			if !a1.silent(b1.addr()) {
+				t.Error("something is left")
+			}
+			a.must(func() error { return a.dp.Apply(nobody) })
+			if !a1.silent(b1.addr()) {
+				t.Error("it came back")
+			}
+		})
+	}
+}
+
 // A daemon with other map layouts takes over: the old programs run on until
 // the new tables are complete.
 func TestOtherLayout(t *testing.T) {

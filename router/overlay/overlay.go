@@ -88,7 +88,10 @@ type Forwarding struct {
 	// Partial says that this is not all yet: what is named is added or
 	// replaced and nothing is removed. A restarted daemon applies partial
 	// states while it gathers what it knew before.
-	Partial    bool
+	Partial bool
+	// Inherit says that what an earlier daemon left forwarding for peers that
+	// no state has named since the data path was opened stays as well.
+	Inherit    bool
 	Self       peer.ShortID
 	Neighbours []Neighbour
 	Hops       map[peer.ShortID]Hop  // by destination; also holds each neighbour itself

@@ -236,9 +236,12 @@ func (d *DataPath) switchOverLocked() error {
 		return nil
 	}
 	d.deferred = false
-	d.uplinks = nil
 	d.lookAgain()
 	errs := []error{d.attach(d.vxlan, bpf.VXLANIn), d.attachTAP()}
+	if d.config.Join != 0 {
+		_, err := d.setUpJoiner()
+		errs = append(errs, err)
+	}
 	for index := range d.ports {
 		if index != d.bridge {
 			errs = append(errs, d.attachPort(index))

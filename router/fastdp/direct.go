@@ -25,6 +25,7 @@ const (
 	directFor   = 5 * time.Second        // how long they go by that
 	routesRest  = 200 * time.Millisecond // between two looks at the routes
 	routesEvery = 30 * time.Second       // for what the kernel tells nobody
+	directRetry = 5 * time.Second        // after something went wrong
 )
 
 // The pair of devices that joins TCP packets to super-frames, where the
@@ -72,10 +73,9 @@ func (d *DataPath) lookAgain() {
 	}
 }
 
-// lookUpLocked finds the direct way between two addresses; zero when there is
-// none, or none that we may take.
-func (d *DataPath) lookUpLocked(e ends) netdev.NextHop {
-	if d.indirect != "" || !e.local.Is4() || !e.remote.Is4() || !usable(e.local) || !usable(e.remote) {
+// lookUp finds the direct way between two addresses; zero when there is none.
+func lookUp(e ends) netdev.NextHop {
+	if !e.local.Is4() || !e.remote.Is4() || !usable(e.local) || !usable(e.remote) {
 		return netdev.NextHop{}
 	}
 	hop, err := netdev.NextHopTo(e.remote, e.local)
@@ -85,15 +85,58 @@ func (d *DataPath) lookUpLocked(e ends) netdev.NextHop {
 	return hop
 }
 
-// keepDirect watches over the direct ways until ctx ends.
+// keepDirect watches over the direct ways until ctx ends. What goes wrong with
+// that costs those ways only, until the next try: frames take the VXLAN device.
 func (d *DataPath) keepDirect(ctx context.Context) error {
 	if d.clsact {
 		return nil // without tcx we would have to take over devices of the host
 	}
+	for {
+		err := d.watchDirect(ctx)
+		if err == nil {
+			return nil
+		}
+		d.suspendDirect(err)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(cmp.Or(d.cfg.directRetry, directRetry)):
+		}
+	}
+}
+
+// watchDirect goes on until ctx ends, or something goes wrong.
+func (d *DataPath) watchDirect(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return netdev.WatchRoutes(ctx, d.lookAgain) })
 	g.Go(func() error { return d.followRoutes(ctx) })
 	return g.Wait()
+}
+
+// suspendDirect has the programs leave the direct ways. If they cannot be told,
+// they leave them when they have not heard from us for directFor.
+func (d *DataPath) suspendDirect(why error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.setIndirectLocked(why.Error())
+	c := d.config
+	c.DirectUntil = 0
+	if err := d.setConfigLocked(c); err != nil {
+		d.log.Debug("direct way not suspended, it will end by itself", "error", err)
+	}
+}
+
+// setIndirectLocked notes why no frame may take the direct way, "" when some may.
+func (d *DataPath) setIndirectLocked(why string) {
+	switch {
+	case why == d.indirect:
+		return
+	case why == "":
+		d.log.Info("frames to other hosts may go past the IP stack of this one again")
+	default:
+		d.log.Warn("frames to other hosts take the IP stack of this one, which is slower", "reason", why)
+	}
+	d.indirect = why
 }
 
 func (d *DataPath) followRoutes(ctx context.Context) error {
@@ -147,43 +190,81 @@ func (d *DataPath) refreshDirect() error {
 	if err != nil || ipsec {
 		why = orError("IPsec policies are in force", err)
 	}
+	disciplines, err := netdev.TrafficControl()
+	if err != nil {
+		return err
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if why != d.indirect && why != "" {
-		d.log.Info("frames to other hosts take the IP stack of this one, which is slower", "reason", why)
-	}
-	d.indirect = why
-	shared := make(map[int]string) // devices that are not ours alone
-	uplinks := make(map[int]bool)
+	uplinks := make(map[int]string)
 	for e := range d.routes {
-		hop := d.lookUpLocked(e)
-		if hop.Dev != 0 {
-			if _, ok := shared[hop.Dev]; !ok {
-				shared[hop.Dev] = d.others(hop.Dev)
-			}
-			if shared[hop.Dev] != "" {
-				hop = netdev.NextHop{}
-			}
+		hop := netdev.NextHop{}
+		if why == "" {
+			hop = lookUp(e)
 		}
 		d.routes[e] = hop
 		if hop.Dev != 0 {
-			uplinks[hop.Dev] = true
+			uplinks[hop.Dev] = ""
 		}
 	}
-	for dev, why := range shared {
-		if why != "" {
-			d.warnLocked([]string{fmt.Sprintf("frames by device %d take the IP stack: %s", dev, why)})
+	if err := d.takeUplinksLocked(uplinks, disciplines); err != nil {
+		return err
+	}
+	for e, hop := range d.routes {
+		if why, ok := uplinks[hop.Dev]; !ok || why != "" {
+			d.routes[e] = netdev.NextHop{}
 		}
 	}
-	return errors.Join(d.joinLocked(uplinks), d.attachUplinksLocked(uplinks), d.redirectLocked())
+	d.joinLocked(uplinks)
+	if err := d.redirectLocked(); err != nil {
+		return err
+	}
+	d.setIndirectLocked(why)
+	return nil
 }
 
-// others says who else looks at what a device receives: the direct way would
-// pass them by.
-func (d *DataPath) others(dev int) string {
-	kind, err := netdev.IngressFilters(dev)
-	if err != nil || kind != "" {
-		return orError("it has traffic control ("+kind+")", err)
+// takeUplinksLocked puts our program on devices of the underlay and takes it off
+// all others. To each device that cannot be used so it notes why not; one that
+// is gone it takes out.
+func (d *DataPath) takeUplinksLocked(uplinks map[int]string, disciplines map[int][]string) error {
+	attached, err := d.objs.AttachedTo(bpf.UplinkIn)
+	if err != nil {
+		return err
+	}
+	for dev := range uplinks {
+		uplinks[dev] = d.others(dev, disciplines[dev])
+		if uplinks[dev] != "" {
+			continue
+		}
+		if err := d.attach(dev, bpf.UplinkIn); err != nil {
+			uplinks[dev] = err.Error()
+		}
+		if _, err := netdev.DeviceByIndex(dev); err != nil {
+			delete(uplinks, dev)
+		}
+	}
+	for dev, why := range uplinks {
+		if why != d.slow[dev] && why != "" {
+			d.log.Warn("frames by a device take the IP stack of this host, which is slower", "device", dev, "reason", why)
+		}
+	}
+	d.slow = uplinks
+	var errs []error
+	for _, dev := range attached {
+		if why, ok := uplinks[dev]; !ok || why != "" {
+			errs = append(errs, d.detach(dev, bpf.UplinkIn))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// others says who else looks at what a device receives, by its queueing
+// disciplines or programs: the direct way would pass them by.
+func (d *DataPath) others(dev int, disciplines []string) string {
+	for _, kind := range disciplines {
+		if kind == "ingress" || kind == "clsact" {
+			return "it has traffic control (" + kind + ")"
+		}
 	}
 	shares, err := d.objs.Shares(dev, bpf.UplinkIn)
 	if err != nil || shares {
@@ -192,56 +273,47 @@ func (d *DataPath) others(dev int) string {
 	return ""
 }
 
-// attachUplinksLocked puts our program on devices of the underlay and takes it
-// off all others.
-func (d *DataPath) attachUplinksLocked(uplinks map[int]bool) error {
-	attached, err := d.objs.AttachedTo(bpf.UplinkIn)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, dev := range attached {
-		if !uplinks[dev] {
-			errs = append(errs, d.detach(dev, bpf.UplinkIn))
-		}
-	}
-	for dev := range uplinks {
-		if d.uplinks[dev] {
-			continue
-		}
-		if err := d.attach(dev, bpf.UplinkIn); err != nil {
-			if _, gone := netdev.DeviceByIndex(dev); gone == nil {
-				errs = append(errs, err)
-			}
-			delete(uplinks, dev)
-		}
-	}
-	d.uplinks = uplinks
-	return errors.Join(errs...)
-}
-
 // joinLocked has TCP packets joined where no device of the underlay does it.
 // One that does hands us super-frames too, which packets must not overtake.
-func (d *DataPath) joinLocked(uplinks map[int]bool) error {
-	wanted := len(uplinks) > 0
-	for dev := range uplinks {
+// Without joining, TCP packets take the VXLAN device, so an error is only said.
+func (d *DataPath) joinLocked(uplinks map[int]string) {
+	wanted := false
+	for dev, why := range uplinks {
+		if why != "" {
+			continue
+		}
 		super, err := netdev.HandlesSuperFrames(dev)
-		wanted = wanted && err == nil && !super
+		if wanted = err == nil && !super; !wanted {
+			break
+		}
 	}
 	c := d.config
-	if !wanted {
-		if c.Join == 0 {
-			return nil
-		}
-		c.Join = 0
-		return errors.Join(d.setConfigLocked(c), netdev.DeleteLink(joinerIn))
+	in, err := netdev.DeviceByName(joinerIn)
+	there := err == nil && uint32(in.Index) == c.Join
+	switch {
+	case wanted && there, !wanted && c.Join == 0:
+		return
+	case wanted:
+		c.Join, err = d.setUpJoiner()
+	default:
+		c.Join, err = 0, netdev.DeleteLink(joinerIn)
 	}
+	if err = errors.Join(err, d.setConfigLocked(c)); err != nil {
+		d.warnLocked([]string{fmt.Sprintf("packets of TCP take the IP stack: %v", err)})
+	}
+}
+
+// setUpJoiner returns the index of the device that packets to be joined go into;
+// 0 on error.
+func (d *DataPath) setUpJoiner() (uint32, error) {
 	in, out, err := netdev.EnsureJoiner(joinerIn, joinerOut)
-	if err != nil {
-		return err
+	if err == nil {
+		err = d.attach(out, bpf.JoinIn)
 	}
-	c.Join = uint32(in)
-	return errors.Join(d.attach(out, bpf.JoinIn), d.setConfigLocked(c))
+	if err != nil {
+		return 0, err
+	}
+	return uint32(in), nil
 }
 
 // redirectLocked writes the direct ways into the tables as they stand.

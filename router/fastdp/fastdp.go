@@ -72,6 +72,8 @@ type Config struct {
 
 	noTCX     bool          // for tests: as on a kernel without it
 	directFor time.Duration // for tests: how long the programs take the direct way without hearing from us; 0: as ever
+
+	directRetry time.Duration // for tests: after which the direct way is tried again; 0: as ever
 }
 
 // DataPath is the fast path. It implements overlay.Switch.
@@ -98,7 +100,7 @@ type DataPath struct {
 	told     map[string]bool          // warnings given
 	ends     map[peer.ShortID]ends    // underlay addresses of this host and of each neighbour
 	routes   map[ends]netdev.NextHop  // direct ways; zero where there is none
-	uplinks  map[int]bool             // devices of the underlay that have our program
+	slow     map[int]string           // devices of the underlay, with why frames by them do not take the direct way, "" when they do
 	indirect string                   // why no neighbour is reached by the direct way, "" when some are or may be
 	barred   string                   // why frames do not go past the bridge, "" when they do
 	arp      bool                     // though barred, ARP requests are answered: no rule is about them

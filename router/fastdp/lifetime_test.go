@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +25,7 @@ import (
 // held is what a process of its own makes of a data path.
 type held struct {
 	Bridge, PinDir, TapName string
+	Log                     string // file
 	MAC                     overlay.MAC
 	Port, MTU               int
 	NoTCX                   bool
@@ -37,9 +39,13 @@ func hold(s string) error {
 	if err := json.Unmarshal([]byte(s), &h); err != nil {
 		return err
 	}
+	log, err := os.Create(h.Log)
+	if err != nil {
+		return err
+	}
 	d, err := New(Config{
 		Bridge: h.Bridge, MAC: h.MAC, Port: h.Port, PinDir: h.PinDir, MTU: h.MTU, TapName: h.TapName,
-		Log: slog.New(slog.DiscardHandler), noTCX: h.NoTCX,
+		Log: slog.New(slog.NewTextHandler(log, nil)), noTCX: h.NoTCX, directRetry: shortRetry,
 	})
 	if err != nil {
 		return err
@@ -63,7 +69,7 @@ func (l line) spawn(i int, ports []overlay.Port, f overlay.Forwarding) *exec.Cmd
 	h.t.Helper()
 	s, err := json.Marshal(held{
 		Bridge: h.cfg.Bridge, PinDir: h.cfg.PinDir, TapName: h.cfg.TapName, MAC: h.cfg.MAC, Port: h.cfg.Port, MTU: h.cfg.MTU,
-		NoTCX: h.cfg.noTCX, Ports: ports, Forwarding: f,
+		Log: h.logFile(), NoTCX: h.cfg.noTCX, Ports: ports, Forwarding: f,
 	})
 	if err != nil {
 		h.t.Fatal(err)
@@ -82,6 +88,12 @@ func (l line) spawn(i int, ports []overlay.Port, f overlay.Forwarding) *exec.Cmd
 	}
 	return cmd
 }
+
+// logFile is where the process says what it has to say.
+func (h *host) logFile() string { return h.cfg.PinDir + ".log" }
+
+// shortRetry is how soon the process tries the direct way again.
+const shortRetry = 100 * time.Millisecond
 
 // kill ends the process as kill -9 does; one that ended already is no error.
 func kill(cmd *exec.Cmd) {

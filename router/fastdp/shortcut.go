@@ -115,9 +115,16 @@ func (d *DataPath) bars(devices []int, subnets []netip.Prefix, clsact bool) stri
 	if err != nil || why != "" {
 		return orError(why, err)
 	}
-	index, kind, err := netdev.TrafficControl(devices, clsact)
-	if err != nil || index != 0 {
-		return orError(fmt.Sprintf("device %d has traffic control (%s)", index, kind), err)
+	disciplines, err := netdev.TrafficControl()
+	if err != nil {
+		return err.Error()
+	}
+	for _, index := range devices {
+		for _, kind := range disciplines[index] {
+			if kind != "clsact" || !clsact { // which then holds our own programs
+				return fmt.Sprintf("device %d has traffic control (%s)", index, kind)
+			}
+		}
 	}
 	if !netdev.PacketRulesSeeFrames(d.cfg.Bridge) {
 		return ""

@@ -129,37 +129,21 @@ func PacketRulesSeeFrames(bridge string) bool {
 	return false
 }
 
-// TrafficControl returns one of the devices that has a queueing discipline,
-// with its kind; 0 when none has. clsact, which only holds filters, counts
-// unless allowed.
-func TrafficControl(devices []int, allowClsact bool) (index int, kind string, err error) {
+// TrafficControl lists the kinds of queueing disciplines that the devices of this
+// network namespace have, by interface index. Those that do nothing (noqueue) are
+// left out; clsact and ingress hold filters only.
+func TrafficControl() (map[int][]string, error) {
 	list, err := whole(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
 	if err != nil {
-		return 0, "", fmt.Errorf("list queueing disciplines: %w", err)
+		return nil, fmt.Errorf("list queueing disciplines: %w", err)
 	}
+	kinds := make(map[int][]string)
 	for _, q := range list {
-		kind := q.Type()
-		if kind == "noqueue" || kind == "clsact" && allowClsact || !slices.Contains(devices, q.Attrs().LinkIndex) {
-			continue
-		}
-		return q.Attrs().LinkIndex, kind, nil
-	}
-	return 0, "", nil
-}
-
-// IngressFilters is the kind of queueing discipline with which something
-// filters what a device receives, "" when nothing does.
-func IngressFilters(index int) (string, error) {
-	list, err := whole(func() ([]netlink.Qdisc, error) { return netlink.QdiscList(nil) })
-	if err != nil {
-		return "", fmt.Errorf("list queueing disciplines: %w", err)
-	}
-	for _, q := range list {
-		if kind := q.Type(); q.Attrs().LinkIndex == index && (kind == "ingress" || kind == "clsact") {
-			return kind, nil
+		if index := q.Attrs().LinkIndex; q.Type() != "noqueue" {
+			kinds[index] = append(kinds[index], q.Type())
 		}
 	}
-	return "", nil
+	return kinds, nil
 }
 
 // HasIPsecPolicies says whether packets of this network namespace may have to

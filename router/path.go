@@ -303,11 +303,11 @@ func (p *pathState) refused(size, fits int, err error) {
 	p.narrow(size)
 }
 
-// ack records the answer to a probe; late and unknown answers are ignored.
-func (p *pathState) ack(token uint64, now time.Time) {
+// ack records the answer to a probe; late and unknown ones are not known.
+func (p *pathState) ack(token uint64, now time.Time) (known bool) {
 	s, ok := p.pending[token]
 	if !ok {
-		return
+		return false
 	}
 	delete(p.pending, token)
 	p.lastAck, p.sendErr = now, ""
@@ -325,7 +325,7 @@ func (p *pathState) ack(token uint64, now time.Time) {
 		p.overtake(s)
 	}
 	if p.up {
-		return
+		return true
 	}
 	if p.trial.IsZero() {
 		p.trial = now
@@ -333,6 +333,7 @@ func (p *pathState) ack(token uint64, now time.Time) {
 	if p.mtu > 0 && (!p.wasUp || p.acks >= recoverAcks && now.Sub(p.trial) >= p.trialTime()) {
 		p.up, p.wasUp, p.upSince, p.trial = true, true, now, time.Time{}
 	}
+	return true
 }
 
 // overtake notes that probes under test had their chance when s had.

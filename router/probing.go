@@ -201,15 +201,18 @@ func (r *Router) receive(from peer.Name, b []byte) {
 	if n == nil {
 		return
 	}
-	for _, p := range n.paths {
+	for i, p := range n.paths {
 		switch {
 		case m.typ == typeReport:
 			p.peerUp = m.health&(1<<pathCode(p.name)) != 0
 			if p.name == overlay.FastDP {
 				p.peerLacks = m.lacks
 			}
-		case p.name == m.path:
-			p.ack(m.token, now)
+		case p.name != m.path || p.ack(m.token, now):
+		default:
+			if x, ok := r.paths[i].(overlay.Examiner); ok {
+				x.Answered(n.ShortID, m.token)
+			}
 		}
 	}
 }

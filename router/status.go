@@ -15,7 +15,7 @@ type PathStatus struct {
 	Peer   peer.Name
 	Path   string // path in use; empty while none is proven
 	MTU    int    // largest IP packet proven to pass on it, bytes
-	Reason string // why a better path is not in use; empty when none is better
+	Reason string // why a better path is not in use, or the one in use is not as good as it might be; else empty
 
 	// Via is the neighbour that relays frames to this one while no path to
 	// it works; 0 when none does.
@@ -33,9 +33,13 @@ func (r *Router) Paths() map[peer.Name]PathStatus {
 		if way := r.plan.routes[name]; way.around && n.chosen == "" {
 			s.Via = way.via
 		}
-		for _, p := range n.paths {
-			if p.name == n.chosen {
-				s.MTU = p.mtu
+		for i, p := range n.paths {
+			if p.name != n.chosen {
+				continue
+			}
+			s.MTU = p.mtu
+			if x, ok := r.paths[i].(overlay.Examiner); ok && s.Reason == "" {
+				s.Reason = x.Remark(n.ShortID)
 			}
 		}
 		out[name] = s

@@ -1,6 +1,8 @@
 package bpf
 
 import (
+	"encoding/binary"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -229,4 +231,43 @@ func TestProbe(t *testing.T) {
 	boast := ethernet(MAC{}, MAC{}, 0x88b5, []byte{1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 65})
 	b.want("claims more than it is", b.run("scene_vxlan_in", fromVXLAN(leftAddr(), left, self, 60), boast), verdictDrop, "dropped_probes")
 	b.want("by the TAP", b.run("scene_tap_in", fromTAP(slow, self, 9), probe), verdictDrop, "from_sleeve", "dropped_probes")
+}
+
+// A probe that is a TCP segment counts only as it left its sender.
+func TestSegment(t *testing.T) {
+	b := newBench(t)
+	const headers = 14 + 20 + 20
+	f := make([]byte, headers+Segment)
+	copy(f[12:], []byte{8, 0, 0x45, 0, (headers - 14 + Segment) >> 8, (headers - 14 + Segment) & 0xff, 0, 0, 0, 0, 64, 6})
+	copy(f[26:], []byte{1, 2, 3, 4, 5, 6, 0xee, 0xee}) // token
+	binary.BigEndian.PutUint16(f[36:], left)           // its neighbour
+	binary.BigEndian.PutUint32(f[38:], Segment)        // the second one
+	f[46], f[headers] = 0x50, 77
+	sum := uint32(6 + len(f) - 34)
+	for i := 26; i < len(f); i += 2 {
+		sum += uint32(binary.BigEndian.Uint16(f[i:]))
+	}
+	sum = sum>>16 + sum&0xffff
+	binary.BigEndian.PutUint16(f[50:], ^uint16(sum>>16+sum))
+	s := fromVXLAN(leftAddr(), left, self, 60)
+	b.want("as it was sent", b.run("scene_vxlan_in", s, f), verdictDrop, "probes")
+	got := make(chan Probe, 1)
+	done := make(chan error, 1)
+	go func() { done <- b.ReadProbes(t.Context(), func(p Probe) { got <- p }) }()
+	select {
+	case p := <-got:
+		if want := (Probe{Token: SegmentToken(0x0102030405060000, 1, 2), From: left}); p != want {
+			t.Errorf("got %+v, want %+v", p, want)
+		}
+	case err := <-done:
+		t.Fatal(err)
+	}
+	for _, at := range []int{27, 39, 50, headers, len(f) - 1} {
+		spoilt := slices.Clone(f)
+		spoilt[at]++
+		b.want(fmt.Sprintf("with byte %d changed", at), b.run("scene_vxlan_in", s, spoilt), verdictDrop, "dropped_probes")
+	}
+	b.want("cut", b.run("scene_vxlan_in", s, f[:len(f)-1]), verdictDrop, "dropped_probes")
+	b.want("of another length", b.run("scene_vxlan_in", s, append(f, 0, 0)), verdictDrop, "probes") // padding
+	b.want("from a stranger", b.run("scene_vxlan_in", fromVXLAN(rightAddr(), left, self, 60), f), verdictDrop, "dropped_probes")
 }

@@ -41,7 +41,9 @@
 // sender, before it is encapsulated.
 //
 // A frame with both Ethernet addresses zero is a probe: never forwarded, its
-// token and size are handed to the daemon.
+// token and size are handed to the daemon. One that holds a TCP segment (struct
+// segment) shows whether devices on the way do what was left to them: it counts
+// only if its checksum is right.
 //
 // Only helpers of Linux 5.10 are used; what came later is found out by
 // test_features and told in cfg.flags.
@@ -51,6 +53,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include <linux/pkt_cls.h>
+#include <linux/tcp.h>
 #include <linux/udp.h>
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
@@ -66,6 +69,7 @@
 
 #define MARK_SENT 0x57560001    /* tunnel key is set: vxlan_out lets it pass */
 #define MARK_DELIVER 0x57560002 /* from tap_in: vxlan_in gives it to the bridge */
+#define MARK_PROBE 0x57560003	/* from the daemon: vxlan_out sends it to a neighbour */
 
 #define FLAG_LOCAL_ADDR 1   /* the tunnel key has a source address (6.0) */
 #define FLAG_TUNNEL_FLAGS 2 /* BPF_F_TUNINFO_FLAGS is known (6.1) */
@@ -198,6 +202,14 @@ struct event {
 	__u32 size; /* of the IP packet that would fit, in bytes */
 	__u16 from;
 	__u16 pad;
+};
+
+#define SEGMENT 256 /* bytes of data in each segment of a probe */
+
+/* the packet of a probe that is TCP; its data follow */
+struct segment {
+	struct iphdr ip; /* the addresses are the token, but for its last two bytes */
+	struct tcphdr tcp; /* to the port of the number of the neighbour's short id */
 };
 
 /* names in the daemon are these in lower case, without the prefix */
@@ -1131,26 +1143,78 @@ static __always_inline int deliver_unicast(struct __sk_buff *skb, struct cfg *c,
 	return enter(skb, from.subnets, from.peer, &to);
 }
 
-static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct neighbour *from, __u32 by,
-				      __u32 src, __u32 dst)
+/* Tells the daemon of a probe. */
+static __always_inline int report_probe(__u64 token, __u32 size, __u32 by, __u32 src)
 {
-	if (!from || dst != c->self || !is_among(from, src))
-		return drop_of(by, COUNT_DROPPED_PROBES);
-	struct { __be64 token; __be32 size; } __attribute__((packed)) said;
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &said, sizeof(said)))
-		return drop_of(by, COUNT_DROPPED_PROBES);
-	__u32 size = bpf_ntohl(said.size);
-	if (size > skb->len - ETH_HLEN && size > sizeof(said)) /* proves less than it claims */
-		return drop_of(by, COUNT_DROPPED_PROBES);
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+
 	if (!e)
 		return drop_of(by, COUNT_DROPPED_PROBES);
-	e->token = bpf_be64_to_cpu(said.token);
+	e->token = token;
 	e->size = size;
 	e->from = src;
 	e->pad = 0;
 	bpf_ringbuf_submit(e, 0);
 	return drop(COUNT_PROBES);
+}
+
+/* Whether the TCP checksum is still left to a device to complete, as between
+ * virtual ones: then the kernel does not touch it for what is below TCP. To be
+ * asked of a frame that goes no further. */
+static __always_inline int is_sum_pending(struct __sk_buff *skb)
+{
+	const __u32 at = ETH_HLEN + sizeof(struct iphdr) + __builtin_offsetof(struct tcphdr, check);
+	__u16 before, after;
+
+	return !bpf_skb_load_bytes(skb, at, &before, sizeof(before)) && !bpf_l4_csum_replace(skb, at, 0, 1, sizeof(before)) &&
+	       !bpf_skb_load_bytes(skb, at, &after, sizeof(after)) && before == after;
+}
+
+static __always_inline int is_sum_right(struct __sk_buff *skb, struct segment *s)
+{
+	__u32 sum = bpf_htons(IPPROTO_TCP) + bpf_htons(sizeof(s->tcp) + SEGMENT);
+	__be32 part[SEGMENT / 16];
+
+	if (s->ip.tot_len != bpf_htons(sizeof(*s) + SEGMENT))
+		return 0;
+	sum = bpf_csum_diff(0, 0, &s->ip.saddr, 2 * sizeof(__be32) + sizeof(s->tcp), sum);
+	for (int at = ETH_HLEN + sizeof(*s); at < ETH_HLEN + sizeof(*s) + SEGMENT; at += sizeof(part)) {
+		if (bpf_skb_load_bytes(skb, at, part, sizeof(part)))
+			return 0;
+		sum = bpf_csum_diff(0, 0, part, sizeof(part), fold(sum));
+	}
+	return fold(sum) == 0xffff;
+}
+
+/* A probe that is a TCP segment, or several that are one frame. Its token says
+ * which, by their numbers. A function of its own, for the room on the stack. */
+__attribute__((noinline)) int take_segment(struct __sk_buff *skb, __u32 by, __u32 src)
+{
+	struct segment s;
+
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &s, sizeof(s)) || s.ip.protocol != IPPROTO_TCP ||
+	    !(is_sum_pending(skb) || is_sum_right(skb, &s)))
+		return drop_of(by, COUNT_DROPPED_PROBES);
+	__u32 first = bpf_ntohl(s.tcp.seq), end = first + bpf_ntohs(s.ip.tot_len) - sizeof(s);
+	__u64 token = (__u64)bpf_ntohl(s.ip.saddr) << 32 | (bpf_ntohl(s.ip.daddr) & ~0xffff);
+	return report_probe(token | (first / SEGMENT & 0xff) << 8 | (end / SEGMENT & 0xff), 0, by, src);
+}
+
+static __always_inline int take_probe(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth, struct neighbour *from,
+				      __u32 by, __u32 src, __u32 dst)
+{
+	struct { __be64 token; __be32 size; } __attribute__((packed)) said;
+
+	if (!from || dst != c->self || !is_among(from, src))
+		return drop_of(by, COUNT_DROPPED_PROBES);
+	if (eth->h_proto == bpf_htons(ETH_P_IP))
+		return take_segment(skb, by, src);
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &said, sizeof(said)))
+		return drop_of(by, COUNT_DROPPED_PROBES);
+	__u32 size = bpf_ntohl(said.size);
+	if (size > skb->len - ETH_HLEN && size > sizeof(said)) /* proves less than it claims */
+		return drop_of(by, COUNT_DROPPED_PROBES);
+	return report_probe(bpf_be64_to_cpu(said.token), size, by, src);
 }
 
 static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, struct ethhdr *eth,
@@ -1180,7 +1244,7 @@ static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct 
 	if (src == c->self)
 		return drop_of(by, COUNT_DROPPED_OWN);
 	if (is_zero_mac(eth->h_dest) && is_zero_mac(eth->h_source))
-		return take_probe(skb, c, from, by, src, dst);
+		return take_probe(skb, c, eth, from, by, src, dst);
 	if (!dst)
 		return take_flooded(skb, c, eth, from, by, src, ttl, by_tap);
 	if (dst == c->self) {
@@ -1459,6 +1523,17 @@ static __always_inline int exceeds_limit(struct __sk_buff *skb, enum flooding ki
 	return 0;
 }
 
+/* A probe that the daemon wants sent as the frames of containers are. */
+static __always_inline int send_probe(struct __sk_buff *skb, struct cfg *c)
+{
+	__be16 dst;
+
+	skb->mark = 0;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN + sizeof(struct iphdr) + __builtin_offsetof(struct tcphdr, dest), &dst, sizeof(dst)))
+		return drop(COUNT_DROPPED_MALFORMED);
+	return send(skb, c, c->self, bpf_ntohs(dst), HOP_LIMIT, 0, 0);
+}
+
 static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 {
 	struct ethhdr *eth;
@@ -1473,6 +1548,8 @@ static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 		return drop(COUNT_DROPPED_MALFORMED);
 	if (!c->self)
 		return drop(COUNT_DROPPED_NO_PATH);
+	if (skb->mark == MARK_PROBE)
+		return send_probe(skb, c);
 	if (is_zero_mac(eth->h_dest) || is_link_local_mac(eth->h_dest))
 		return drop(COUNT_DROPPED_LOCAL);
 	if (!(eth->h_dest[0] & 1) && find(eth->h_dest, &to)) {

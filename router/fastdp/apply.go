@@ -153,6 +153,7 @@ func (t *tables) warn(format string, args ...any) {
 // before they lose what is old, so that frames are not lost on the way.
 func (d *DataPath) Apply(f overlay.Forwarding) error {
 	d.setNeighbours(f.Self, f.Neighbours, f.Partial)
+	d.examine(f)
 	select {
 	case d.applied <- struct{}{}:
 	default:

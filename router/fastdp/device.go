@@ -105,6 +105,7 @@ func (d *DataPath) MTU(to peer.ShortID) int {
 		d.log.Debug("no MTU", "neighbour", n.Name, "error", err)
 		return 0
 	}
+	d.leaves(to, hop)
 	return hop.MTU - overhead(n.Remote)
 }
 

@@ -196,10 +196,14 @@ func (d *DataPath) refreshDirect() error {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	doubted := make(map[ends]bool)
+	for id, e := range d.ends {
+		doubted[e] = doubted[e] || d.doubted(id)
+	}
 	uplinks := make(map[int]string)
 	for e := range d.routes {
 		hop := netdev.NextHop{}
-		if why == "" {
+		if why == "" && !doubted[e] {
 			hop = lookUp(e)
 		}
 		d.routes[e] = hop

@@ -33,6 +33,9 @@
 // 0x88b5 is the EtherType for local experiments (IEEE 802). The receiver
 // takes a probe only if it is the destination, the source is a neighbour and
 // the outer source address is that neighbour's.
+//
+// Instead, there may be a TCP segment over IPv4 (see segments), which finds out
+// whether devices on the way do what is left to them.
 package fastdp
 
 import (
@@ -113,9 +116,17 @@ type DataPath struct {
 	self       peer.ShortID
 	neighbours map[peer.ShortID]overlay.Neighbour
 	sockets    map[peer.ShortID]*socket
+
+	// examMu guards what follows, for moments only. Whoever holds mu may take it.
+	examMu   sync.Mutex
+	offloads map[peer.ShortID]*offload
+	software bool // the VXLAN device leaves nothing to the devices of the underlay
 }
 
-var _ overlay.Switch = (*DataPath)(nil)
+var (
+	_ overlay.Switch   = (*DataPath)(nil)
+	_ overlay.Examiner = (*DataPath)(nil)
+)
 
 // New makes the devices and loads the programs, or takes over those that an
 // earlier daemon left, with the content of their tables. On error, what it
@@ -135,6 +146,7 @@ func New(cfg Config) (*DataPath, error) {
 		rerouted:   make(chan struct{}, 1),
 		neighbours: make(map[peer.ShortID]overlay.Neighbour),
 		sockets:    make(map[peer.ShortID]*socket),
+		offloads:   make(map[peer.ShortID]*offload),
 	}
 	var undo undoList
 	if err := d.setUp(&undo); err != nil {
@@ -209,6 +221,11 @@ func (d *DataPath) setUpVXLAN(undo *undoList) error {
 	if created {
 		undo.add(func() error { return netdev.DeleteLink(vxlanName(d.cfg.Port)) })
 	}
+	whole, err := netdev.TxOffload(vxlanName(d.cfg.Port))
+	if err != nil {
+		return err
+	}
+	d.software = !whole
 	if err := d.adoptConfig(); err != nil {
 		return err
 	}
@@ -370,11 +387,12 @@ func (d *DataPath) Traffic() (map[peer.ShortID]overlay.Traffic, error) {
 }
 
 // Run passes arriving probes on, watches for rules that concern bridged
-// frames, and keeps the direct ways, until ctx ends.
+// frames, keeps the direct ways, and examines devices, until ctx ends.
 func (d *DataPath) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.watchRules(ctx) })
 	g.Go(func() error { return d.keepDirect(ctx) })
+	g.Go(func() error { return d.watchOffloads(ctx) })
 	g.Go(func() error {
 		return d.objs.ReadProbes(ctx, func(p bpf.Probe) {
 			if d.cfg.OnProbe != nil {

@@ -180,6 +180,7 @@ func hasGlobalAddr(l netlink.Link) bool {
 // NextHop is the way out of this host to an address of the underlay.
 type NextHop struct {
 	Dev     int        // index of the device
+	Name    string     // of the device
 	Gateway netip.Addr // on the device's link; the address itself when that is on it
 	Source  netip.Addr // that packets are sent from
 	MTU     int        // bytes: of the route where it has one of its own, else of the device
@@ -205,7 +206,7 @@ func NextHopTo(remote, local netip.Addr) (NextHop, error) {
 		return NextHop{}, fmt.Errorf("device of the route to %s: %w", remote, err)
 	}
 	a := l.Attrs()
-	hop := NextHop{Dev: a.Index, Gateway: remote.Unmap(), MTU: found[0].MTU}
+	hop := NextHop{Dev: a.Index, Name: a.Name, Gateway: remote.Unmap(), MTU: found[0].MTU}
 	if hop.MTU == 0 {
 		hop.MTU = a.MTU
 	}

@@ -154,6 +154,15 @@ type Switch interface {
 	Counters() (map[string]uint64, error)
 }
 
+// Examiner is a data path that also sends probes of its own.
+type Examiner interface {
+	// Answered tells of an answer to a probe that Probe did not send.
+	Answered(from peer.ShortID, token uint64)
+	// Remark says, in words for users, what is to be known of the path to a
+	// neighbour though frames pass; "" when nothing is.
+	Remark(to peer.ShortID) string
+}
+
 // TooBigError says that a probe exceeds what the underlay carries.
 type TooBigError struct {
 	MTU int // largest IP packet inside that would fit, in bytes; 0 if not known

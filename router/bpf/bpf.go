@@ -8,7 +8,7 @@
 //	maps-<layout>/<map>          <layout> is a hash of all key and value types
 //	links/<ifindex>-<program>    one per device and program (tcx only)
 //
-// The head of weave.bpf.c says what the programs do and what the fields of
+// The head of weave.bpf.c says what the programs do, tables.h what the fields of
 // the maps mean.
 package bpf
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"net/netip"
+	"slices"
 	"testing"
 )
 
@@ -97,7 +98,7 @@ func TestND(t *testing.T) {
 		"option too long":           changed(65, 2),
 		"from further away":         changed(7, 254),
 		"code":                      changed(41, 1),
-		"advertisement":             changed(40, 136),
+		"another message":           changed(40, 137),
 		"to another group":          changed(39, 0x57),
 		"to all nodes":              changed(24, 0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1),
 		"to one":                    changed(24, 0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x12, 0x34, 0x56),
@@ -115,4 +116,39 @@ func TestND(t *testing.T) {
 	b.want("unicast", b.run("scene_port_in", none, unicast), verdictRedirect, "shortcut", "tx") // only the one asked can tell
 	b.must(b.Hops.Delete(beyond))
 	b.want("for one that cannot be reached", b.run("scene_port_in", none, frame(request)), verdictPass)
+}
+
+// A container advertises its own addresses only, whatever headers it puts before.
+func TestAdvertisement(t *testing.T) {
+	b := newBench(t)
+	me := localMAC()
+	advertisement := func(target string, extensions int) []byte {
+		p := solicitation("fd00::1", target, append([]byte{2, 1}, me[:]...)...)
+		p[40] = 136
+		p[6] = 58
+		if extensions > 0 {
+			p[6] = 60
+		}
+		p = bytes.Clone(p)
+		for i := range extensions {
+			next := byte(60)
+			if i == 0 {
+				next = 58
+			}
+			p = slices.Insert(p, 40, next, 0, 1, 4, 0, 0, 0, 0)
+		}
+		return append(append(append([]byte{0x33, 0x33, 0, 0, 0, 1}, me[:]...), 0x86, 0xdd), p...)
+	}
+	var none sceneScene
+	for _, extensions := range []int{0, 1, 4} {
+		for _, own := range []string{"fd00::1", "fe80::1"} {
+			b.want(own, b.run("scene_port_in", none, advertisement(own, extensions)), verdictPass)
+		}
+		b.want("another's", b.run("scene_port_in", none, advertisement("fd00::4", extensions)), verdictDrop, "dropped_spoofed")
+	}
+	b.want("behind too many headers", b.run("scene_port_in", none, advertisement("fd00::1", 5)), verdictDrop, "dropped_spoofed")
+	port, err := PortOf(me, []netip.Prefix{netip.MustParsePrefix("fd00::1/64")})
+	port.AnySource = true
+	b.must(err, b.Ports.Put(1, port))
+	b.want("of a port of any source", b.run("scene_port_in", none, advertisement("fd00::4", 0)), verdictPass)
 }

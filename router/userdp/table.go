@@ -168,7 +168,7 @@ func maySend(p *overlay.Port, a netip.Addr) bool {
 		slices.ContainsFunc(p.Addrs, func(own netip.Prefix) bool { return own.Addr() == a })
 }
 
-// Unknown unicast that one endpoint may cause to be flooded, as in weave.bpf.c.
+// Unknown unicast that one endpoint may cause to be flooded, as in the programs.
 const (
 	floodInterval = time.Millisecond
 	floodBurst    = 200

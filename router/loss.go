@@ -15,6 +15,12 @@ const (
 	lossLight  = 1                // lost ones among them, down to which it no longer does
 	lossWatch  = time.Second      // how long a loss makes probes frequent, until the window is full
 	lossForget = 10 * time.Second // after so long without a loss the path is as good as any
+
+	// A path that was found to lose heavily again has to lose little for so many
+	// probes more each time, so that frames do not change to and fro.
+	lossStreak     = 15
+	lossMostStreak = 30
+	lossCalm       = 10 * time.Minute // after so long it is not "again" any more
 )
 
 // loss judges a path by what became of the last small probes. It is pure.
@@ -23,6 +29,10 @@ type loss struct {
 	n     int    // probes in bits, at most lossWindow
 	last  time.Time
 	heavy bool
+
+	times  int       // how often it was found heavy, with less than lossCalm between
+	lately time.Time // when it was heavy last
+	streak int       // probes in a row by which it loses little
 }
 
 // count is how many probes of the window were lost.
@@ -38,10 +48,17 @@ func (l *loss) add(lost bool) {
 		l.n++
 		return
 	}
-	switch c := l.count(); {
-	case c >= lossHeavy:
+	c := l.count()
+	if c > lossLight {
+		l.streak = 0
+	} else {
+		l.streak++
+	}
+	switch {
+	case c >= lossHeavy && !l.heavy:
 		l.heavy = true
-	case c <= lossLight:
+		l.times++
+	case l.heavy && l.streak > min((l.times-1)*lossStreak, lossMostStreak):
 		l.heavy = false
 	}
 }
@@ -56,10 +73,18 @@ func (l *loss) String() string {
 
 // settle forgets what is long ago.
 func (l *loss) settle(now time.Time) {
+	if l.heavy {
+		l.lately = now
+	} else if now.Sub(l.lately) > lossCalm {
+		l.times = 0
+	}
 	if !l.heavy && now.Sub(l.last) > lossForget {
-		*l = loss{}
+		*l = l.anew()
 	}
 }
+
+// anew is what stays when what became of the last probes does not count any more.
+func (l *loss) anew() loss { return loss{heavy: l.heavy, times: l.times, lately: l.lately} }
 
 // watched says that small probes are to be sent to find out more; often, that
 // they shall be frequent.

@@ -366,5 +366,5 @@ func (p *pathState) fall(now time.Time) {
 	}
 	p.try(cmp.Or(p.mtu, p.limit))
 	p.up, p.mtu, p.acks, p.begun = false, 0, 0, now
-	p.trial, p.loss = time.Time{}, loss{heavy: p.loss.heavy}
+	p.trial, p.loss = time.Time{}, p.loss.anew()
 }

@@ -44,13 +44,15 @@ func TestPathThatLosesMuchIsLeft(t *testing.T) {
 		share float64
 		found time.Duration // in which it is left
 		used  float64       // share of the time that it may be used all the same
+		left  int           // how often it may be left in an hour
 	}{
-		{0.2, 2 * time.Minute, 0.6},
-		{0.25, time.Minute, 0.25},
-		{0.3, 30 * time.Second, 0.1},
-		{0.5, 15 * time.Second, 0.05},
-		{0.7, 15 * time.Second, 0.05},
-		{0.9, 15 * time.Second, 0.05},
+		{0.15, 10 * time.Minute, 0.6, 6},
+		{0.2, 2 * time.Minute, 0.6, 6},
+		{0.25, time.Minute, 0.25, 6},
+		{0.3, 30 * time.Second, 0.1, 6},
+		{0.5, 15 * time.Second, 0.05, 6},
+		{0.7, 15 * time.Second, 0.05, 6},
+		{0.9, 15 * time.Second, 0.05, 6},
 	} {
 		w := newWire(t, 1500, 1450)
 		w.run(time.Minute)
@@ -59,7 +61,7 @@ func TestPathThatLosesMuchIsLeft(t *testing.T) {
 		why := w.p.why(w.now)
 		left, used := w.watch(time.Hour)
 		t.Logf("loss of %.0f%%: left after %v (%s), in the next hour %d times, used for %v", 100*c.share, took, why, left, used)
-		if why == "" || used > time.Duration(c.used*float64(time.Hour)) || left > 60 {
+		if why == "" || used > time.Duration(c.used*float64(time.Hour)) || left > c.left {
 			t.Errorf("loss of %.0f%%: left %d times in an hour, used for %v, reason %q", 100*c.share, left, used, why)
 		}
 		w.loses = nil

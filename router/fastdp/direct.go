@@ -128,10 +128,10 @@ func (d *DataPath) suspendDirect(why error) {
 
 // setIndirectLocked notes why no frame may take the direct way, "" when some may.
 func (d *DataPath) setIndirectLocked(why string) {
-	switch {
-	case why == d.indirect:
+	switch why {
+	case d.indirect:
 		return
-	case why == "":
+	case "":
 		d.log.Info("frames to other hosts may go past the IP stack of this one again")
 	default:
 		d.log.Warn("frames to other hosts take the IP stack of this one, which is slower", "reason", why)

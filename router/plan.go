@@ -118,8 +118,10 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 		r.via, r.path, r.mtu = via, path, v.mtus[via]
 	case before && live[via] && (r.via == via || v.paths[r.via] != ""):
 		// What is known is kept while the link's paths are being probed.
-	case via == p.Name:
+	case via == p.Name && !pl.sealed(via):
 		r.via, r.path, r.mtu = via, r.direct, r.proven // a first route waits until its path is proven
+	case pl.sealed(via):
+		r.via, r.path, r.mtu = via, overlay.Sleeve, 0 // but where there is only one, waiting helps nobody
 	default:
 		r.via, r.path, r.mtu = via, "", 0
 	}
@@ -132,6 +134,9 @@ func (pl *plan) learn(v view, p peer.Info, live map[peer.Name]bool) {
 	r.around = live[p.Name] && r.via != p.Name
 	pl.routes[p.Name] = r
 }
+
+// sealed says whether a neighbour is reached by sleeve only.
+func (pl *plan) sealed(name peer.Name) bool { return pl.neighbours[name].Keys != nil }
 
 // justLost says whether the link to a neighbour went so lately that what the
 // link state tells may be on its way yet.

@@ -16,7 +16,10 @@
 // prologue is the 8 bytes above of the dialling end, and whose payload, in the
 // answer, those of the other. All that follows goes over a sealed stream. A
 // peer without a password never sends that frame, and one with a password takes
-// nothing else but refusals: each sees what the other lacks and says so.
+// nothing else but refusals: each sees what the other lacks and says so. While
+// a password is being changed there are two: the dialling end's frame then holds
+// a message made with each, one after the other, and the other answers the one
+// that it prefers.
 //
 // Then each sends an intro (type 1), without a password along with the first
 // bytes:
@@ -41,6 +44,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 
 	"weave.local/peer"
 	"weave.local/router/seal"
@@ -51,6 +55,9 @@ const (
 	MinVersion = 1
 	MaxVersion = 1
 )
+
+// MaxKeys is how many passwords may be good at one time.
+const MaxKeys = 2
 
 const (
 	magic        = "weave/"
@@ -71,17 +78,18 @@ var errFrame = errors.New("malformed frame")
 type Self struct {
 	Info    peer.Info
 	Nonce   uint64
-	Key     *seal.Key // of the password; nil: there is none
-	Trusted bool      // the other end's address is in a subnet we trust
+	Keys    []*seal.Key // of the passwords that are good, at most MaxKeys, the preferred one first; none: there is no password
+	Trusted bool        // the other end's address is in a subnet we trust
 }
 
 // Other is the other end, once both have said who they are.
 type Other struct {
 	Info     peer.Info
-	Session  uint64   // random, known to both ends of this link only
-	Outbound bool     // this end dialled
-	Chair    bool     // the last word is ours
-	Conn     net.Conn // to go on with; sealed when there is a password
+	Session  uint64    // random, known to both ends of this link only
+	Outbound bool      // this end dialled
+	Chair    bool      // the last word is ours
+	Conn     net.Conn  // to go on with; sealed when there is a password
+	Key      *seal.Key // that both have; nil without a password
 	// Keys are for the data path between the two ends; nil when it goes in
 	// clear, for want of a password or because both trust the network.
 	Keys    *seal.Session
@@ -93,16 +101,17 @@ type Other struct {
 func Greet(conn net.Conn, self Self, outbound bool) (*Other, error) {
 	hello := append([]byte(magic), MinVersion, MaxVersion)
 	first := bytes.Clone(hello)
-	var begun *seal.Handshake
+	var begun []*seal.Handshake
 	switch {
-	case self.Key == nil:
+	case len(self.Keys) == 0:
 		first = append(first, introFrame(self)...)
 	case outbound:
-		h, msg, err := seal.Initiate(self.Key, hello, nil, seal.Ciphers())
-		if err != nil {
+		var msgs []byte
+		var err error
+		if begun, msgs, err = initiate(self.Keys, hello); err != nil {
 			return nil, fmt.Errorf("handshake: %w", err)
 		}
-		begun, first = h, append(first, frame(msgSealed, msg)...)
+		first = append(first, frame(msgSealed, msgs)...)
 	}
 	if _, err := conn.Write(first); err != nil {
 		return nil, fmt.Errorf("handshake: %w", lost(err))
@@ -112,14 +121,14 @@ func Greet(conn net.Conn, self Self, outbound bool) (*Other, error) {
 		return nil, err
 	}
 	o := &Other{Outbound: outbound, Conn: conn}
-	if self.Key == nil {
+	if len(self.Keys) == 0 {
 		return o.meet(self, nil)
 	}
 	var keys *seal.Keys
 	if outbound {
-		keys, err = finish(conn, begun, theirs)
+		keys, o.Key, err = finish(conn, self.Keys, begun, theirs)
 	} else {
-		keys, err = answer(conn, self.Key, theirs, hello)
+		keys, o.Key, err = answer(conn, self.Keys, theirs, hello)
 	}
 	if err != nil {
 		return nil, err
@@ -131,61 +140,88 @@ func Greet(conn net.Conn, self Self, outbound bool) (*Other, error) {
 	return o.meet(self, keys)
 }
 
-// finish takes the answer to our message of the sealed handshake.
-func finish(conn net.Conn, h *seal.Handshake, theirs []byte) (*seal.Keys, error) {
+// initiate begins a handshake with each key and returns their messages in a row.
+func initiate(keys []*seal.Key, hello []byte) ([]*seal.Handshake, []byte, error) {
+	var begun []*seal.Handshake
+	var msgs []byte
+	for _, key := range keys {
+		h, msg, err := seal.Initiate(key, hello, nil, seal.Ciphers())
+		if err != nil {
+			return nil, nil, err
+		}
+		begun, msgs = append(begun, h), append(msgs, msg...)
+	}
+	return begun, msgs, nil
+}
+
+// finish takes the answer to one of the handshakes we began, and says with which
+// key.
+func finish(conn net.Conn, keys []*seal.Key, begun []*seal.Handshake, theirs []byte) (*seal.Keys, *seal.Key, error) {
 	typ, body, err := read(conn)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	switch typ {
 	case msgSealed:
-		keys, err := h.Finish(body)
-		if errors.Is(err, seal.ErrPassword) || err == nil && string(keys.Payload) != string(theirs) {
-			return nil, differ()
+		for i, h := range begun {
+			got, err := h.Finish(body)
+			switch {
+			case errors.Is(err, seal.ErrPassword):
+				continue
+			case err == nil && string(got.Payload) != string(theirs):
+				return nil, nil, differ()
+			}
+			return got, keys[i], err
 		}
-		return keys, err
+		return nil, nil, differ()
 	case msgIntro:
-		return nil, lacksPassword()
+		return nil, nil, lacksPassword()
 	case msgRefusal:
 		r := parseRefusal(body)
 		if r.Code == RefusePassword {
 			r = differ()
 		}
-		return nil, r
+		return nil, nil, r
 	}
-	return nil, fmt.Errorf("handshake: frame of type %d, want a sealed one", typ)
+	return nil, nil, fmt.Errorf("handshake: frame of type %d, want a sealed one", typ)
 }
 
-// answer takes the dialling end's message of the sealed handshake and sends ours.
-func answer(conn net.Conn, key *seal.Key, theirs, hello []byte) (*seal.Keys, error) {
+// answer takes the dialling end's messages of the sealed handshake and sends
+// ours, with the first of our keys that one of them was made with.
+func answer(conn net.Conn, keys []*seal.Key, theirs, hello []byte) (*seal.Keys, *seal.Key, error) {
 	typ, body, err := read(conn)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if typ == msgIntro {
 		_ = give(conn, &Refusal{Code: RefusePassword, Reason: "this peer has a password"})
-		return nil, lacksPassword()
+		return nil, nil, lacksPassword()
 	}
-	if typ != msgSealed {
-		return nil, fmt.Errorf("handshake: frame of type %d, want a sealed one", typ)
+	if typ != msgSealed || len(body) > MaxKeys*seal.MessageLen {
+		return nil, nil, fmt.Errorf("handshake: frame of type %d and %d bytes, want a sealed one", typ, len(body))
 	}
-	keys, msg, err := seal.Respond(key, theirs, hello, seal.Ciphers(), body)
-	if errors.Is(err, seal.ErrPassword) {
-		_ = give(conn, &Refusal{Code: RefusePassword, Reason: "this peer has another password"})
-		return nil, differ()
+	for _, key := range keys {
+		for offered := range slices.Chunk(body, seal.MessageLen) {
+			got, msg, err := seal.Respond(key, theirs, hello, seal.Ciphers(), offered)
+			if errors.Is(err, seal.ErrPassword) {
+				continue
+			}
+			if err != nil {
+				return nil, nil, err
+			}
+			if _, err := conn.Write(frame(msgSealed, msg)); err != nil {
+				return nil, nil, fmt.Errorf("handshake: %w", lost(err))
+			}
+			return got, key, nil
+		}
 	}
-	if err != nil {
-		return nil, err
-	}
-	if _, err := conn.Write(frame(msgSealed, msg)); err != nil {
-		return nil, fmt.Errorf("handshake: %w", lost(err))
-	}
-	return keys, nil
+	_ = give(conn, &Refusal{Code: RefusePassword, Reason: "this peer has another password"})
+	return nil, nil, differ()
 }
 
 func introFrame(self Self) []byte {
 	body := peer.AppendInfo(binary.BigEndian.AppendUint64(nil, self.Nonce), self.Info)
-	if self.Key != nil {
+	if len(self.Keys) > 0 {
 		flags := byte(0)
 		if self.Trusted {
 			flags = trustBit

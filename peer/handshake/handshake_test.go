@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,6 +26,11 @@ func key(t testing.TB, password string) *seal.Key {
 		t.Fatal(err)
 	}
 	return k
+}
+
+// keys are those that there are.
+func keys(ks ...*seal.Key) []*seal.Key {
+	return slices.DeleteFunc(ks, func(k *seal.Key) bool { return k == nil })
 }
 
 // recorder keeps what is written to a connection.
@@ -77,8 +83,8 @@ func meet(t *testing.T, dialler, listener Self) (d, l end) {
 }
 
 func selves(kd, kl *seal.Key) (d, l Self) {
-	d = Self{Info: peer.Info{Name: 1, UID: 11, NickName: "dialler", Port: 6783}, Nonce: 0xf0, Key: kd}
-	l = Self{Info: peer.Info{Name: 2, UID: 22, NickName: "listener", Port: 6783}, Nonce: 0x0f, Key: kl}
+	d = Self{Info: peer.Info{Name: 1, UID: 11, NickName: "dialler", Port: 6783}, Nonce: 0xf0, Keys: keys(kd)}
+	l = Self{Info: peer.Info{Name: 2, UID: 22, NickName: "listener", Port: 6783}, Nonce: 0x0f, Keys: keys(kl)}
 	return d, l
 }
 
@@ -165,6 +171,43 @@ func TestPasswordsMustMatch(t *testing.T) {
 	}
 }
 
+// While a password is changed, ends meet that have the old one, both or the new
+// one; they take the preferred one of those they share.
+func TestTwoPasswords(t *testing.T) {
+	was, now := key(t, "old"), key(t, "new")
+	ends := map[string][]*seal.Key{"old": {was}, "both": {now, was}, "new": {now}}
+	for dials, kd := range ends {
+		for listens, kl := range ends {
+			sd, sl := selves(nil, nil)
+			sd.Keys, sl.Keys = kd, kl
+			d, l := meet(t, sd, sl)
+			want := now
+			switch {
+			case dials == "old" && listens == "new", dials == "new" && listens == "old":
+				for _, err := range []error{d.err, l.err} {
+					if err == nil || err.Error() != "passwords differ" {
+						t.Errorf("%s dials %s: %v", dials, listens, err)
+					}
+				}
+				continue
+			case dials == "old" || listens == "old":
+				want = was
+			}
+			if d.err != nil || l.err != nil {
+				t.Errorf("%s dials %s: %v, %v", dials, listens, d.err, l.err)
+				continue
+			}
+			if d.other.Key != want || l.other.Key != want {
+				t.Errorf("%s dials %s: they do not use the password that both prefer", dials, listens)
+			}
+			b := d.other.Keys.Seal(append(make([]byte, seal.HeaderLen, 64), "hi"...), 1)
+			if _, err := l.other.Keys.Open(b); err != nil {
+				t.Errorf("%s dials %s: keys of the data path: %v", dials, listens, err)
+			}
+		}
+	}
+}
+
 func TestTrustNeedsBoth(t *testing.T) {
 	k := key(t, "x")
 	for _, trust := range [][2]bool{{false, false}, {true, false}, {false, true}, {true, true}} {
@@ -237,7 +280,8 @@ func FuzzGreet(f *testing.F) {
 	f.Add([]byte("weave/\x02\x03"), false, false)
 	f.Add(append([]byte("weave/\x01\x01"), frame(msgSealed, make([]byte, 49))...), true, false)
 	f.Add(append([]byte("weave/\x01\x01"), frame(msgRefusal, []byte("\x05\x1b"))...), true, true)
-	k := key(f, "x")
+	f.Add(append([]byte("weave/\x01\x01"), frame(msgSealed, make([]byte, 98))...), true, false)
+	k, next := key(f, "x"), key(f, "y")
 	f.Fuzz(func(t *testing.T, b []byte, sealed, outbound bool) {
 		here, there := net.Pipe()
 		var tasks sync.WaitGroup
@@ -248,7 +292,7 @@ func FuzzGreet(f *testing.F) {
 		})
 		self := Self{Info: peer.Info{Name: 1, UID: 1}, Nonce: 1}
 		if sealed {
-			self.Key = k
+			self.Keys = keys(next, k)
 		}
 		o, err := Greet(here, self, outbound)
 		if err == nil && sealed {

@@ -209,6 +209,15 @@ func (ds *dialer) wake(reaches, linked func(peer.Name) bool, now time.Time) {
 	}
 }
 
+// renew makes what leads to a peer due at once.
+func (ds *dialer) renew(name peer.Name, now time.Time) {
+	for _, d := range ds.dials {
+		if d.peer == name {
+			d.wait, d.due = 0, now
+		}
+	}
+}
+
 // outcome is how an attempt ended.
 type outcome struct {
 	peer      peer.Name        // who answered; 0 when nobody did

@@ -5,8 +5,9 @@
 // # Handshake
 //
 // A new connection begins with the handshake of package handshake, and is
-// sealed from there on when there is a password. An established link never
-// gives way to a new one: it ends when it is dead.
+// sealed from there on when there is a password. An established link gives way
+// to a new one only where that is made with a password that the chair likes
+// better; otherwise it ends when it is dead.
 //
 // # Link
 //

@@ -31,6 +31,7 @@ const (
 type link struct {
 	peer     peer.Info // as of the handshake
 	session  uint64
+	key      *seal.Key     // of the password it was made with; nil: there is none
 	keys     *seal.Session // for the data path; nil: in clear
 	trusted  bool          // both ends trust the network between them
 	outbound bool
@@ -43,7 +44,8 @@ type link struct {
 
 	// Guarded by Mesh.mu.
 	helloDue   time.Time
-	mismatches int // hellos in a row with a digest other than ours
+	mismatches int       // hellos in a row with a digest other than ours
+	expires    time.Time // when the link ends, its password being good no more; zero: it is
 
 	once   sync.Once
 	reason error // why it ended; set before done is closed
@@ -54,6 +56,7 @@ func newLink(h *handshake.Other, conn *heardConn, now time.Time) *link {
 	return &link{
 		peer:     h.Info,
 		session:  h.Session,
+		key:      h.Key,
 		keys:     h.Keys,
 		trusted:  h.Trusted,
 		outbound: h.Outbound,

@@ -62,9 +62,10 @@ type Config struct {
 	Discovery bool
 	// ConnLimit is how many links there may be; 0: any number.
 	ConnLimit int
-	// Key is that of the password, with which all links are sealed. Nil:
-	// there is none, and links are in clear.
-	Key *seal.Key
+	// Keys are those of the password, with which all links are sealed, and of
+	// the one before it as long as that is good; the preferred one first, and
+	// at most handshake.MaxKeys. None: links are in clear.
+	Keys []*seal.Key
 	// Trusted are the subnets in which the data path to a peer may go in
 	// clear, although there is a password, if that peer says the same.
 	Trusted []netip.Prefix
@@ -116,6 +117,7 @@ type Mesh struct {
 	running   bool
 	closed    bool
 	self      peer.Info
+	keys      []*seal.Key // as Config.Keys; the slice is never changed, but replaced
 	topo      *peer.Topology
 	links     map[peer.Name]*link
 	dials     *dialer
@@ -166,6 +168,7 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		ended:    make(chan struct{}),
 		handlers: make(map[byte]HandleFunc),
 		self:     cfg.Self,
+		keys:     cfg.Keys,
 		topo:     peer.NewTopology(cfg.Self, uint64(now.UnixNano())),
 		links:    make(map[peer.Name]*link),
 		dials:    newDialer(cfg.Self.Port),

@@ -15,11 +15,17 @@ import (
 
 func password(t *testing.T, p string) option {
 	t.Helper()
+	k := key(t, p)
+	return func(c *Config) { c.Keys = []*seal.Key{k} }
+}
+
+func key(t *testing.T, p string) *seal.Key {
+	t.Helper()
 	k, err := seal.NewKey(p, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return func(c *Config) { c.Key = k }
+	return k
 }
 
 func trusting(c *Config) { c.Trusted = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8")} }

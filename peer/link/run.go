@@ -73,7 +73,7 @@ func (m *Mesh) loop(ctx context.Context) {
 			m.dials.wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
 			m.discoverLocked(now)
 		}
-		jobs := m.dials.start(now, m.linkedLocked, m.roomLocked())
+		jobs := m.dials.start(now, m.servedLocked, m.roomLocked())
 		m.mu.Unlock()
 		for _, j := range jobs {
 			m.tasks.Go(func() { m.attempt(ctx, j) })
@@ -104,6 +104,10 @@ func (m *Mesh) checkLinksLocked(now time.Time) {
 	for _, l := range m.links {
 		if silent := l.conn.silence(now); silent > deadAfter {
 			l.stop(fmt.Errorf("nothing heard for %.1fs", silent.Seconds()))
+			continue
+		}
+		if !l.expires.IsZero() && now.After(l.expires) {
+			l.stop(errors.New("it was made with a password that is good no more"))
 			continue
 		}
 		if !now.Before(l.helloDue) {
@@ -185,7 +189,7 @@ func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, 
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(handshakeWait))
-	self := handshake.Self{Info: m.Self(), Nonce: rand.Uint64(), Key: m.cfg.Key, Trusted: m.trusts(conn.RemoteAddr())}
+	self := handshake.Self{Info: m.Self(), Nonce: rand.Uint64(), Keys: m.goodKeys(), Trusted: m.trusts(conn.RemoteAddr())}
 	h, err := handshake.Greet(conn, self, outbound)
 	if err != nil {
 		_ = conn.Close()
@@ -245,7 +249,7 @@ func (m *Mesh) admitLocked(h *handshake.Other) *handshake.Refusal {
 		return &handshake.Refusal{Code: handshake.RefuseCollision, Reason: fmt.Sprintf(
 			"another peer with the name %s is linked from %s: start one of them with another --name", p.Name, old.remote)}
 	}
-	if h.Chair {
+	if h.Chair && m.rankLocked(h.Key) <= m.rankLocked(old.key) {
 		return &handshake.Refusal{Code: handshake.RefuseDuplicate, Reason: "there is a link already"}
 	}
 	return nil // the chair knows best

@@ -213,7 +213,7 @@ func (m *Mesh) linkedAt(a netip.AddrPort) peer.Name {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for name, l := range m.links {
-		if !l.ended() && listening(l.outbound, l.remote, l.peer.Port) == a {
+		if m.servedLocked(name) && listening(l.outbound, l.remote, l.peer.Port) == a {
 			return name
 		}
 	}

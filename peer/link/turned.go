@@ -53,9 +53,3 @@ func (t turned) rows(others []Connection, now time.Time) []Connection {
 	}
 	return out
 }
-
-// trusts says whether an address is in a trusted subnet.
-func (m *Mesh) trusts(remote net.Addr) bool {
-	addr := addrPort(remote).Addr().Unmap()
-	return slices.ContainsFunc(m.cfg.Trusted, func(p netip.Prefix) bool { return p.Contains(addr) })
-}

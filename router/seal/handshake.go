@@ -14,6 +14,10 @@ import (
 // MaxPayload is how many bytes a caller may add to a message of a handshake.
 const MaxPayload = 1024
 
+// MessageLen is the length of the first message of a handshake to which the
+// caller adds nothing: the ephemeral key, the ciphers and a tag.
+const MessageLen = 32 + 1 + tagLen
+
 var errHandshake = errors.New("malformed handshake")
 
 // Keys is what a finished handshake leaves.

@@ -37,6 +37,7 @@ func (s *Server) routerReport() *RouterReport {
 		ProtocolMinVersion: link.MinVersion,
 		ProtocolMaxVersion: link.MaxVersion,
 		Encryption:         s.cfg.Encryption,
+		PasswordChange:     s.cfg.Changing(),
 		PeerDiscovery:      s.cfg.Discover,
 		Name:               self.Name.String(),
 		NickName:           self.NickName,

@@ -28,6 +28,7 @@ type RouterReport struct {
 	ProtocolMinVersion int
 	ProtocolMaxVersion int
 	Encryption         bool
+	PasswordChange     bool // two passwords are good
 	PeerDiscovery      bool
 	Name               string
 	NickName           string
@@ -168,6 +169,13 @@ type AttachRequest struct {
 	Addresses        []string `json:",omitempty"`
 	NoMulticastRoute bool     `json:",omitempty"`
 	AnySource        bool     `json:",omitempty"` // may send from any address
+}
+
+// PasswordRequest asks for a change of the password: that Next is good, too, and
+// preferred, or, to finish, that it is the only one.
+type PasswordRequest struct {
+	Next   string `json:",omitempty"`
+	Finish bool   `json:",omitempty"`
 }
 
 // ExposeRequest asks for addresses on the host itself.

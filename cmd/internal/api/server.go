@@ -41,6 +41,10 @@ type Config struct {
 	// excepted from it.
 	Encryption bool
 	Trusted    []netip.Prefix
+	// SetPassword makes a new password good beside the one of now, or, given
+	// none, ends the change; Changing says that there are two.
+	SetPassword func(ctx context.Context, next string) error
+	Changing    func() bool
 	// Targets remembers the list of targets after a change.
 	Targets func([]string) error
 	// Stop and Reset end the daemon, the latter leaving nothing behind;
@@ -84,6 +88,7 @@ func (s *Server) Control() http.Handler {
 		"POST /expose":       s.expose,
 		"POST /hide":         s.hide,
 		"DELETE /peer/{who}": s.removePeer,
+		"POST /password":     s.password,
 		"POST /stop":         s.end(s.cfg.Stop),
 		"POST /reset":        s.end(s.cfg.Reset),
 	} {
@@ -251,6 +256,20 @@ func (s *Server) connect(_ http.ResponseWriter, r *http.Request) error {
 func (s *Server) forget(_ http.ResponseWriter, r *http.Request) error {
 	s.cfg.Mesh.Forget(r.URL.Query()["peer"])
 	return s.cfg.Targets(s.cfg.Mesh.Targets())
+}
+
+func (s *Server) password(_ http.ResponseWriter, r *http.Request) error {
+	var req PasswordRequest
+	if err := readJSON(r, &req); err != nil {
+		return err
+	}
+	if (req.Next == "") != req.Finish {
+		return badRequest(errors.New("want either a new password or the end of a change"))
+	}
+	if err := s.cfg.SetPassword(r.Context(), req.Next); err != nil {
+		return badRequest(err)
+	}
+	return nil
 }
 
 func (s *Server) attach(w http.ResponseWriter, r *http.Request) error {

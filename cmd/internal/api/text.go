@@ -54,7 +54,11 @@ func writeRouterStatus(line func(label, format string, a ...any), r *RouterRepor
 	}
 	line("Protocol", "%s", protocol)
 	line("Name", "%s(%s)", r.Name, r.NickName)
-	line("Encryption", "%s", enabled(r.Encryption))
+	encryption := enabled(r.Encryption)
+	if r.PasswordChange {
+		encryption += " (the password is being changed: the old one is still good)"
+	}
+	line("Encryption", "%s", encryption)
 	line("PeerDiscovery", "%s", enabled(r.PeerDiscovery))
 	line("Targets", "%d", len(r.Targets))
 	line("Connections", "%s", connectionSummary(r.Connections))

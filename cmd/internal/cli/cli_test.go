@@ -34,6 +34,9 @@ func TestBadInputIsOneClearLine(t *testing.T) {
 		{"launch --ipalloc-init consensus=0", "consensus=0"},
 		{"launch --password secret --trusted-subnets 10.1", "10.1"},
 		{"launch --trusted-subnets 10.0.0.0/8", "--password"},
+		{"launch --password-next new", "--password"},
+		{"rotate-password", "--password-next"},
+		{"rotate-password --finish --password-next new", "not both"},
 		{"launch --log-level loud", "loud"},
 		{"launch --resume host2", "--resume"},
 		{"status nonsense", "nonsense"},
@@ -116,6 +119,7 @@ func TestPasswordStaysHidden(t *testing.T) {
 		{"weave launch --password x host2", "weave launch host2"},
 		{"weave launch --password=x host2", "weave launch host2"},
 		{"weave launch host2 --password", "weave launch host2"},
+		{"weave launch --password=x --password-next y --password-next=z host2", "weave launch host2"},
 		{"weave launch --port 7000 --password-like", "weave launch --port 7000 --password-like"},
 	} {
 		if got := strings.Join(withoutPassword(strings.Fields(c.args)), " "); got != c.want {
@@ -123,6 +127,10 @@ func TestPasswordStaysHidden(t *testing.T) {
 		}
 	}
 	t.Setenv(passwordEnv, "hush-hush")
+	t.Setenv(nextEnv, "hush-hush")
+	if out, _, _ := run(t, "help", "rotate-password"); strings.Contains(out, "hush") {
+		t.Errorf("help shows %s", out)
+	}
 	if out, _, _ := run(t, "help", "launch"); strings.Contains(out, "hush") || !strings.Contains(out, "--trusted-subnets") {
 		t.Errorf("help shows %s", out)
 	}

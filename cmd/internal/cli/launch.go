@@ -26,8 +26,12 @@ const readyFD = 3
 // readyEnv marks a process as such a daemon.
 const readyEnv = "WEAVE_READY_FD"
 
-// passwordEnv holds the password for those who do not give --password.
-const passwordEnv = "WEAVE_PASSWORD"
+// passwordEnv and nextEnv hold the passwords for those who do not give --password
+// and --password-next.
+const (
+	passwordEnv = "WEAVE_PASSWORD"
+	nextEnv     = "WEAVE_PASSWORD_NEXT"
+)
 
 type launchFlags struct {
 	cfg        daemon.Config
@@ -63,7 +67,8 @@ func launchCommand(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_ = os.Unsetenv(passwordEnv) // nobody we start needs it
+			_ = os.Unsetenv(passwordEnv) // nobody we start needs them
+			_ = os.Unsetenv(nextEnv)
 			if os.Getenv(readyEnv) != "" {
 				return serveBackground(cmd.Context(), cfg)
 			}
@@ -77,7 +82,7 @@ func launchCommand(e *env) *cobra.Command {
 				cfg.Ready = func(name peer.Name) { fmt.Fprintln(e.out, name); daemon.NotifySystemd() }
 				return alreadyRunning(daemon.Run(cmd.Context(), cfg, nil))
 			}
-			return startBackground(cmd.Context(), e, cfg.Password)
+			return startBackground(cmd.Context(), e, cfg.Password, cfg.PasswordNext)
 		},
 	}
 	f.register(c)
@@ -101,7 +106,9 @@ func (f *launchFlags) register(c *cobra.Command) {
 	fs.StringVar(&f.init, "ipalloc-init", "", "how the range is first shared: consensus[=peers], seed=name,..., observer (default: consensus of the peers named and this one)")
 	fs.BoolVar(&f.noDNS, "no-dns", false, "no name service (there is none yet: accepted for scripts that say so)")
 	fs.StringVar(&f.cfg.Password, "password", os.Getenv(passwordEnv), "encrypt all that goes between peers; all need the same (better given as "+passwordEnv+": others on this host can read command lines)")
+	fs.StringVar(&f.cfg.PasswordNext, nextFlag, os.Getenv(nextEnv), "with --password: the password to change to, good beside it (better given as "+nextEnv+"); see 'weave help rotate-password'")
 	fs.Lookup("password").DefValue = "" // not for help texts
+	fs.Lookup(nextFlag).DefValue = ""
 	fs.StringVar(&f.trusted, "trusted-subnets", "", "subnets in which frames may go in clear in spite of a password, such as 10.0.0.0/8,192.0.2.0/24; both ends must say so")
 	fs.StringVar(&f.cfg.DataDir, "data-dir", daemon.DefaultDataDir, "folder of what must survive a restart")
 	fs.StringVar(&f.cfg.StatusAddr, "status-addr", envString("WEAVE_STATUS_ADDR", daemon.DefaultStatusAddr), `address of read-only status and metrics; "" for none`)
@@ -202,17 +209,16 @@ func alreadyRunning(err error) error {
 	return err
 }
 
-// withoutPassword is a command line without --password, which the kernel would
+// withoutPassword is a command line without passwords, which the kernel would
 // show to everybody for as long as the daemon runs.
 func withoutPassword(args []string) []string {
 	var out []string
 	for i := 0; i < len(args); i++ {
-		switch {
-		case args[i] == "--password":
-			i++
-		case strings.HasPrefix(args[i], "--password="):
-		default:
+		switch flag, _, whole := strings.Cut(args[i], "="); {
+		case flag != "--password" && flag != "--"+nextFlag:
 			out = append(out, args[i])
+		case !whole:
+			i++
 		}
 	}
 	return out
@@ -220,7 +226,7 @@ func withoutPassword(args []string) []string {
 
 // startBackground runs this very command again, detached, and waits for its
 // word.
-func startBackground(ctx context.Context, e *env, password string) error {
+func startBackground(ctx context.Context, e *env, password, next string) error {
 	exe, err := os.Executable()
 	if err != nil {
 		return fmt.Errorf("find this program: %w", err)
@@ -234,7 +240,7 @@ func startBackground(ctx context.Context, e *env, password string) error {
 	child := &exec.Cmd{
 		Path:        exe,
 		Args:        withoutPassword(os.Args),
-		Env:         append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD), passwordEnv+"="+password),
+		Env:         append(os.Environ(), fmt.Sprintf("%s=%d", readyEnv, readyFD), passwordEnv+"="+password, nextEnv+"="+next),
 		ExtraFiles:  []*os.File{w},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true},
 		Dir:         "/",

@@ -10,7 +10,7 @@ import (
 )
 
 func peerCommands(e *env) []*cobra.Command {
-	return []*cobra.Command{connectCommand(e), forgetCommand(e), rmpeerCommand(e), primeCommand(e)}
+	return []*cobra.Command{connectCommand(e), forgetCommand(e), rmpeerCommand(e), primeCommand(e), rotatePasswordCommand(e)}
 }
 
 func connectCommand(e *env) *cobra.Command {

@@ -60,7 +60,10 @@ type Config struct {
 	// same; empty: all goes in clear. Trusted are subnets in which frames may
 	// go in clear all the same.
 	Password string
-	Trusted  []netip.Prefix
+	// PasswordNext is good beside Password and preferred: the one that a change
+	// leads to.
+	PasswordNext string
+	Trusted      []netip.Prefix
 
 	MTU      int // of containers, bytes; 0: found by itself
 	NoFastDP bool
@@ -111,6 +114,8 @@ func (c *Config) Check() error {
 		return errors.New("--resume goes on with the peers of the last run: name no peers beside it")
 	case len(c.Trusted) > 0 && c.Password == "":
 		return errors.New("--trusted-subnets makes exceptions from encryption, and there is none: give --password, or leave it out")
+	case c.PasswordNext != "" && c.Password == "":
+		return errors.New("--password-next is the password to change to: give the one of now as --password beside it")
 	case len(c.NickName) > 64:
 		return fmt.Errorf("nickname %q: want at most 64 bytes", c.NickName)
 	}

@@ -24,6 +24,7 @@ import (
 	"weave.local/router"
 	"weave.local/router/attach"
 	"weave.local/router/firewall"
+	"weave.local/router/seal"
 	"weave.local/router/sleeve"
 )
 
@@ -40,6 +41,9 @@ type daemon struct {
 	store *state.DB
 	self  peer.Info
 	mtu   int
+
+	keyMu sync.Mutex  // guards what follows; held while it is changed, with all that depends on it
+	keys  []*seal.Key // of the passwords that are good, the preferred one first
 
 	mesh     *link.Mesh
 	gossip   *gossip.Gossip

@@ -25,18 +25,18 @@ func (d *daemon) openSwitch() (overlay.Switch, error) {
 	}
 	d.undo.atEnd(func() { _ = fast.Close() })
 	switch {
-	case fast.Adopted() && d.cfg.Password == "":
+	case fast.Adopted() && d.mayKeepClear():
 		d.router.Hold()
 	case fast.Adopted():
-		// What the kernel forwards is in clear: it ends now, and goes on
-		// where links say that it may.
+		// What the kernel forwards is in clear, and other settings allowed it:
+		// it ends now, and goes on where links say that it may.
 		if err := fast.Apply(overlay.Forwarding{Self: d.self.ShortID}); err != nil {
 			return nil, fmt.Errorf("what an earlier run left forwarding in clear: %w", err)
 		}
 	default:
 		d.undo.onFailure(func() { _ = fastdp.Remove(d.fastdpConfig()) })
 	}
-	return fast, nil
+	return fast, d.saveClear(d.keys)
 }
 
 // openUserSwitch stands in for a fast path that is not to be had. Where an

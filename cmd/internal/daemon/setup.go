@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +29,6 @@ import (
 	"weave.local/router/firewall"
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
-	"weave.local/router/seal"
 	"weave.local/router/sleeve"
 )
 
@@ -183,8 +181,7 @@ func (d *daemon) openControl(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	key, err := d.key()
-	if err != nil {
+	if d.keys, err = deriveKeys(d.cfg.PasswordNext, d.cfg.Password); err != nil {
 		return err
 	}
 	d.mesh, err = link.Listen(ctx, link.Config{
@@ -193,7 +190,7 @@ func (d *daemon) openControl(ctx context.Context) error {
 		Targets:   list,
 		Discovery: !d.cfg.NoDiscovery,
 		ConnLimit: d.cfg.ConnLimit,
-		Key:       key,
+		Keys:      d.keys,
 		Trusted:   d.cfg.Trusted,
 		Log:       d.log.With("part", "link"),
 	})
@@ -209,16 +206,6 @@ func (d *daemon) openControl(ctx context.Context) error {
 		return nil
 	}
 	return d.openIPAM()
-}
-
-// key is that of the password; nil when there is none.
-func (d *daemon) key() (*seal.Key, error) {
-	if d.cfg.Password == "" {
-		return nil, nil
-	}
-	key, err := seal.NewKey(d.cfg.Password, "")
-	debug.FreeOSMemory() // deriving the key takes as much as all else
-	return key, err
 }
 
 func (d *daemon) openIPAM() error {
@@ -401,6 +388,7 @@ func (d *daemon) openAPI(context.Context) error {
 		Mesh:  d.mesh, Router: d.router, Alloc: d.alloc, Attach: d.attach, Docker: d.docker,
 		Plugin: d.plugin != nil, Sleeve: d.sleeve.Counters, Bridge: bridgeName, Port: d.cfg.Port, Discover: !d.cfg.NoDiscovery,
 		Encryption: d.cfg.Password != "", Trusted: d.cfg.Trusted,
+		SetPassword: d.setPassword, Changing: d.changing,
 		Targets: func(list []string) error { return saveTargets(d.store, list) },
 		Stop:    d.stop, Reset: d.leave, Log: d.log.With("part", "api"),
 	}

@@ -22,7 +22,7 @@ func TestPassword(t *testing.T) {
 	}
 	to := weave(t, u2, "expose")
 	weave(t, u1, "expose")
-	if seenInClear(t, u1, u2, to) {
+	if seenInClear(t, host(u1), u2, to) {
 		t.Error("what was sent with a password is on the wire in clear")
 	}
 
@@ -43,14 +43,17 @@ func TestPassword(t *testing.T) {
 	weave(t, u2, "stop")
 	launch(t, u2, append(trusting, "u1")...)
 	within(t, patience, "trusted by both", func() error { return on(t.Context(), u1, 1, "unencrypted fastdp") })
-	if !seenInClear(t, u1, u2, to) {
+	if !seenInClear(t, host(u1), u2, to) {
 		t.Error("where both ends trust, nothing is seen in clear: the capture sees nothing at all")
 	}
 }
 
-// seenInClear pings an address of the overlay from one host with a payload of
-// its own kind and says whether it passes the underlay of the other as it is.
-func seenInClear(t *testing.T, from, at *lab.Host, to string) bool {
+// host is the host itself in the place of a container.
+func host(h *lab.Host) *container { return &container{Host: h, netns: "/proc/1/ns/net", bare: true} }
+
+// seenInClear pings an address of the overlay with a payload of its own kind and
+// says whether it passes the underlay of a host as it is.
+func seenInClear(t *testing.T, from *container, at *lab.Host, to string) bool {
 	t.Helper()
 	tap, err := at.Tap("", "eth0")
 	if err != nil {
@@ -58,7 +61,7 @@ func seenInClear(t *testing.T, from, at *lab.Host, to string) bool {
 	}
 	defer func() { _ = tap.Close() }()
 	within(t, patience, "ping", func() error {
-		return from.Run(t.Context(), "busybox", "ping", "-c", "3", "-i", "0.1", "-p", "a7", to).Err()
+		return from.exec(t.Context(), "ping", "-c", "3", "-i", "0.1", "-p", "a7", to).Err()
 	})
 	payload := bytes.Repeat([]byte{0xa7}, 40)
 	_, err = tap.Receive(time.Second, func(f []byte) bool { return bytes.Contains(f, payload) })

@@ -45,7 +45,7 @@ func (p *Path) Probe(to peer.ShortID, token uint64, size int) error {
 		return &overlay.TooBigError{MTU: n.maxPacket()}
 	}
 	if err != nil {
-		return fmt.Errorf("probe to peer %s at %s: %w", n.name, n.addr, err)
+		return fmt.Errorf("probe to peer %s at %s: %w", n.name, n.place.Load().addr, err)
 	}
 	p.count.probesOut.Add(1)
 	return nil

@@ -24,6 +24,9 @@ type receiver struct {
 	onProbe overlay.ProbeFunc
 	sock    *socket
 	out     frameWriter
+	moved   func(*neighbour)
+	from    *sockaddr // of the datagram at hand
+	spare   []byte    // a copy of it
 
 	run   run
 	frags reassembly
@@ -32,7 +35,7 @@ type receiver struct {
 }
 
 func (p *Path) newReceiver() *receiver {
-	r := &receiver{table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap}
+	r := &receiver{table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap, moved: p.moved, from: new(sockaddr)}
 	r.frags.count = p.count
 	return r
 }
@@ -45,7 +48,9 @@ func (r *receiver) serve() error {
 			return err
 		}
 		for i := range n {
-			data, seg := r.sock.message(i)
+			var data []byte
+			var seg int
+			data, seg, r.from = r.sock.message(i)
 			for ; len(data) > seg; data = data[seg:] {
 				if err := r.datagram(data[:seg]); err != nil {
 					return err
@@ -66,10 +71,13 @@ func (r *receiver) serve() error {
 func (r *receiver) datagram(d []byte) error {
 	r.count.datagramsIn.Add(1)
 	t := r.table.Load()
-	n, d, err := t.open(d)
+	n, d, err := t.open(d, &r.spare)
 	if err != nil {
 		r.count.refused(err)
 		return nil
+	}
+	if n.came(r.from) {
+		r.moved(n)
 	}
 	var h header
 	if !h.parse(d) {

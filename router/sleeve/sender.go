@@ -166,7 +166,7 @@ func (s *sender) pieces(self peer.ShortID, n *neighbour, h header, headLen, size
 		h.put(d)
 		copy(d[headerLen:], head)
 		copy(d[headerLen+headLen:], piece)
-		if !n.seal(self, d) {
+		if !n.speaking().seal(self, d) {
 			s.count.drop(sendFailed, n.traffic)
 			continue
 		}

@@ -175,7 +175,11 @@ func (p *Path) age(ctx context.Context) {
 			return
 		case now := <-tick.C:
 			for _, n := range p.table.Load().neighbours {
-				if n != nil && n.keys != nil {
+				if n == nil {
+					continue
+				}
+				n.forgetBefore(now)
+				if n.keys != nil {
 					n.keys.Tick(now)
 				}
 			}
@@ -204,14 +208,21 @@ func (p *Path) MTU(to peer.ShortID) int {
 
 // refreshMTU asks the kernel for the path MTU to n.
 func (p *Path) refreshMTU(n *neighbour) {
-	mtu, err := p.routes.mtu(n.addr)
+	to := n.place.Load().addr
+	mtu, err := p.routes.mtu(to)
 	if err != nil {
-		p.log.Debug("no path MTU", "peer", n.name, "address", n.addr, "error", err)
+		p.log.Debug("no path MTU", "peer", n.name, "address", to, "error", err)
 		return
 	}
 	if old := n.pathMTU.Swap(int32(mtu)); old != 0 && int(old) != mtu {
 		p.log.Info("path MTU of the underlay changed", "peer", n.name, "from", old, "to", mtu)
 	}
+}
+
+// moved follows a neighbour whose datagrams come from elsewhere.
+func (p *Path) moved(n *neighbour) {
+	p.log.Debug("peer heard from another address", "peer", n.name, "address", n.place.Load().addr)
+	p.refreshMTU(n)
 }
 
 // Counters returns what happened to frames and datagrams since New, under

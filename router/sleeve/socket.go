@@ -99,6 +99,7 @@ type socket struct {
 	out  batch
 	in   batch
 	bufs [receiveLen][]byte
+	from [receiveLen]sockaddr
 }
 
 // openSocket binds the UDP port on bind, or on all addresses of both families
@@ -220,8 +221,9 @@ func (b *batch) load(i int, to *neighbour, data []byte, seg int) {
 	b.iov[i].Base = unsafe.SliceData(data)
 	b.iov[i].SetLen(len(data))
 	h := &b.msgs[i].hdr
-	h.Name = &to.sockaddr.raw[0]
-	h.Namelen = to.sockaddr.len
+	at := to.place.Load()
+	h.Name = &at.sockaddr.raw[0]
+	h.Namelen = at.sockaddr.len
 	h.Iov = &b.iov[i]
 	h.SetIovlen(1)
 	h.Control = nil
@@ -272,10 +274,11 @@ func (s *socket) trySend(fd uintptr) bool {
 // sendOne sends one datagram without waiting.
 func (s *socket) sendOne(to *neighbour, d []byte) error {
 	var errno unix.Errno
+	at := to.place.Load()
 	err := s.conn.Control(func(fd uintptr) {
 		for {
 			_, _, errno = unix.Syscall6(unix.SYS_SENDTO, fd, uintptr(unsafe.Pointer(&d[0])), uintptr(len(d)),
-				unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(&to.sockaddr.raw[0])), uintptr(to.sockaddr.len))
+				unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(&at.sockaddr.raw[0])), uintptr(at.sockaddr.len))
 			if errno != unix.EINTR {
 				return
 			}
@@ -307,7 +310,7 @@ func (s *socket) tryReceive(fd uintptr) bool {
 		b.iov[i].Base = unsafe.SliceData(s.bufs[i])
 		b.iov[i].SetLen(len(s.bufs[i]))
 		h := &b.msgs[i].hdr
-		h.Name, h.Namelen = nil, 0
+		h.Name, h.Namelen = &s.from[i].raw[0], unix.SizeofSockaddrInet6
 		h.Iov = &b.iov[i]
 		h.SetIovlen(1)
 		h.Control = (*byte)(unsafe.Pointer(&b.ctl[i]))
@@ -328,9 +331,10 @@ func (s *socket) tryReceive(fd uintptr) bool {
 }
 
 // message is the i-th message received: datagrams of seg bytes, the last one
-// perhaps shorter.
-func (s *socket) message(i int) (data []byte, seg int) {
+// perhaps shorter, and where they came from.
+func (s *socket) message(i int) (data []byte, seg int, from *sockaddr) {
 	m := &s.in.msgs[i]
+	s.from[i].len = m.hdr.Namelen
 	data = s.bufs[i][:m.n]
 	seg = len(data)
 	if m.hdr.Controllen >= uint64(unix.CmsgLen(4)) {
@@ -340,5 +344,5 @@ func (s *socket) message(i int) (data []byte, seg int) {
 			seg = int(*(*int32)(unsafe.Add(unsafe.Pointer(c), unix.CmsgLen(0))))
 		}
 	}
-	return data, max(seg, 1)
+	return data, max(seg, 1), &s.from[i]
 }

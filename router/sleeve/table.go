@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"weave.local/peer"
 	"weave.local/router/frame"
@@ -21,12 +22,14 @@ const fallbackMTU = 1280
 type neighbour struct {
 	id       peer.ShortID
 	name     peer.Name
+	uid      peer.UID
 	session  uint64
-	addr     netip.AddrPort
-	sockaddr sockaddr
+	home     netip.AddrPort // where its control link says that it is
+	place    atomic.Pointer[place]
 	overhead int           // of IP and UDP header, in bytes
 	keys     *seal.Session // nil: datagrams go in clear
 	traffic  *traffic
+	succession
 
 	pathMTU atomic.Int32 // of the underlay, in bytes; 0 not known yet
 	proven  atomic.Int32 // largest IP packet whose frame arrived in one datagram; 0 not known
@@ -129,8 +132,12 @@ func (t *table) next(f overlay.Forwarding, ipv4 bool) (*table, error) {
 			out.traffic[id] = new(traffic)
 		}
 		n.traffic = out.traffic[id]
-		if old := t.neighbours[id]; old != nil && old.same(n) {
+		switch old := t.neighbours[id]; {
+		case old == nil:
+		case old.same(n):
 			n = old
+		default:
+			n.succeed(old, time.Now())
 		}
 		out.neighbours[id] = n
 	}
@@ -161,22 +168,24 @@ func newNeighbour(from *overlay.Neighbour, ipv4 bool) (*neighbour, error) {
 	n := &neighbour{
 		id:       from.ShortID,
 		name:     from.Name,
+		uid:      from.UID,
 		session:  from.Session,
 		keys:     from.Keys,
-		addr:     netip.AddrPortFrom(addr, from.Port),
+		home:     netip.AddrPortFrom(addr, from.Port),
 		overhead: ipv4Overhead,
 	}
 	if addr.Is6() {
 		n.overhead = ipv6Overhead
 	}
-	var err error
-	if n.sockaddr, err = newSockaddr(n.addr, ipv4); err != nil {
+	to, err := newSockaddr(n.home, ipv4)
+	if err != nil {
 		return nil, fmt.Errorf("peer %s: %w", from.Info, err)
 	}
+	n.place.Store(&place{addr: n.home, sockaddr: to})
 	return n, nil
 }
 
 // same says whether o stands for the same run of the same peer.
 func (n *neighbour) same(o *neighbour) bool {
-	return n.id == o.id && n.name == o.name && n.session == o.session && n.addr == o.addr && n.keys == o.keys
+	return n.id == o.id && n.name == o.name && n.uid == o.uid && n.session == o.session && n.home == o.home && n.keys == o.keys
 }

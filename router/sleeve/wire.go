@@ -95,33 +95,57 @@ func (n *neighbour) seal(self peer.ShortID, d []byte) bool {
 }
 
 // open finds the neighbour that sent d and returns d as it was before it was
-// sealed, in the same memory. The error says why it is not to be taken.
-func (t *table) open(d []byte) (*neighbour, []byte, error) {
+// sealed, in the same memory. The error says why it is not to be taken. Spare is
+// memory for a second attempt.
+func (t *table) open(d []byte, spare *[]byte) (*neighbour, []byte, error) {
 	if len(d) < outerLen {
 		return nil, nil, errStranger
 	}
 	n := t.neighbour(peer.ShortID(binary.BigEndian.Uint16(d[2:])))
-	switch {
-	case n == nil:
+	if n == nil {
 		return nil, nil, errStranger
+	}
+	before := n.before.Load()
+	if before != nil {
+		*spare = append((*spare)[:0], d...)
+	}
+	text, err := n.open(d)
+	if err == nil {
+		if !n.heard.Load() {
+			n.heard.Store(true)
+		}
+		return n, text, nil
+	}
+	if before != nil {
+		copy(d, *spare) // what does not open is lost
+		if text, err := before.open(d); err == nil {
+			return n, text, nil
+		}
+	}
+	return nil, nil, err
+}
+
+// open is the same for a datagram that is n's.
+func (n *neighbour) open(d []byte) ([]byte, error) {
+	switch {
 	case n.keys == nil:
 		if len(d) < headerLen || d[0] != version || n.session != binary.BigEndian.Uint64(d[4:]) {
-			return nil, nil, errStranger
+			return nil, errStranger
 		}
-		return n, d, nil
+		return d, nil
 	case d[0] == version:
-		return nil, nil, errUnsealed
+		return nil, errUnsealed
 	}
 	d, err := n.keys.Open(d)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	text := len(d) - 1
 	if text < outerLen {
-		return nil, nil, seal.ErrForged
+		return nil, seal.ErrForged
 	}
 	d[1] = d[text]
-	return n, d[:text], nil
+	return d[:text], nil
 }
 
 // put writes the header into d, but for what seal adds.

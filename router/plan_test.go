@@ -48,6 +48,21 @@ func fullView() view {
 	}
 }
 
+// Where only sleeve may be used there is nothing to wait for: the first frames go
+// before a probe was answered. Elsewhere they wait.
+func TestFirstRoute(t *testing.T) {
+	v := fullView()
+	v.paths = nil
+	v.neighbours[0].Keys = new(seal.Session)
+	f := newPlan().step(v)
+	if got, ok := f.Hops[peer.ShortID(b)]; !ok || got.Path != overlay.Sleeve || got.Via != peer.ShortID(b) {
+		t.Errorf("to a peer that is sealed: %+v", got)
+	}
+	if got, ok := f.Hops[peer.ShortID(c)]; ok {
+		t.Errorf("to one that is not: %+v", got)
+	}
+}
+
 // cutView is the same after the link a-c broke: c is reached through b.
 //
 //	a --- b --- c

@@ -82,12 +82,24 @@ func TestPasswordRotation(t *testing.T) {
 		settled(t)
 	})
 	step(t, "other trust", func(t *testing.T) {
-		// Nobody is trusted any more: what the kernel forwarded ends at once.
-		u1 := l.Host("u1")
+		// Nobody is trusted any more: what the kernel forwards ends with the
+		// launch, not when the peer is there.
+		u1, u2 := l.Host("u1"), l.Host("u2")
+		weave(t, u2, "stop")
 		weave(t, u1, "stop")
+		flows.inClear[0].awaitNext(t) // the kernel goes on
 		launch(t, u1, "--docker-api", "", "--password", "three", "u2", "u3")
+		flows.inClear[0].mark()
+		select {
+		case <-time.After(20 * numberedInterval):
+		case <-t.Context().Done():
+		}
+		if gap := flows.inClear[0].mark(); gap < 20*numberedInterval {
+			t.Errorf("after the launch frames went on in clear: no gap longer than %s", gap)
+		}
+		launch(t, u2, withPasswords(l, u2, "three", "")...)
 		within(t, patience, "sealed", func() error { return on(t.Context(), u1, 2, "encrypted   sleeve") })
-		if seenInClear(t, cs[0], l.Host("u2"), cs[1].addr.Addr().String()) {
+		if seenInClear(t, cs[0], u2, cs[1].addr.Addr().String()) {
 			t.Error("frames go in clear to a host that is trusted no more")
 		}
 	})

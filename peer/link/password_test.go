@@ -3,6 +3,7 @@ package link
 import (
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -139,6 +140,56 @@ func TestPasswordRefusals(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Peers change their password one after the other, keep their links all the
+// time, and have links made with the new one at the end.
+func TestPasswordChange(t *testing.T) {
+	t.Parallel()
+	was, now := key(t, "x"), key(t, "y")
+	h, p := newHosts(t), func(c *Config) { c.Keys = []*seal.Key{was} }
+	nodes := []*node{h.start(1, nil, p), h.start(2, []peer.Name{1}, p), h.start(3, []peer.Name{1}, p)}
+	until(t, "mesh", 5*time.Second, meshed(2, nodes...))
+	sessions := func() map[uint64]bool {
+		out := make(map[uint64]bool)
+		for _, n := range nodes {
+			for _, x := range n.Neighbours() {
+				out[x.Session] = true
+			}
+		}
+		return out
+	}
+	first := sessions()
+	for _, n := range nodes {
+		n.SetKeys([]*seal.Key{now, was})
+	}
+	if !meshed(2, nodes...)() || !maps.Equal(sessions(), first) {
+		t.Error("a second password disturbs links")
+	}
+	for _, n := range nodes {
+		n.SetKeys([]*seal.Key{now})
+		until(t, "mesh", 5*time.Second, meshed(2, nodes...))
+	}
+	until(t, "new links", 5*time.Second, func() bool {
+		for s := range sessions() {
+			if first[s] {
+				return false
+			}
+		}
+		return meshed(2, nodes...)()
+	})
+}
+
+// A link whose password is good no more ends, when the other end has no other.
+func TestPasswordNoMore(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a := h.start(1, nil, password(t, "x"))
+	b := h.start(2, []peer.Name{1}, password(t, "x"))
+	until(t, "link", 5*time.Second, meshed(1, a, b))
+	a.SetKeys([]*seal.Key{key(t, "y")})
+	until(t, "end of the link", 2*outdatedWait, func() bool { return len(a.Neighbours()) == 0 && len(b.Neighbours()) == 0 })
+	until(t, "reason", 5*time.Second, func() bool { return slices.Contains(b.reasons(), "true passwords differ") })
 }
 
 func TestTurned(t *testing.T) {

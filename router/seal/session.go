@@ -42,6 +42,7 @@ var (
 // called from several goroutines.
 type Session struct {
 	cipher Cipher
+	count  uint64 // datagrams after which the key is to change
 	send   atomic.Pointer[sendKey]
 	heard  atomic.Uint32 // newest epoch in which the other end was heard
 
@@ -117,7 +118,7 @@ func newAEAD(c Cipher, key []byte) (cipher.AEAD, error) {
 }
 
 func newSession(secret *Secret, c Cipher, dialler bool) (*Session, error) {
-	s := &Session{cipher: c}
+	s := &Session{cipher: c, count: rekeyCount}
 	roles := [2]string{"listener", "dialler"}
 	if dialler {
 		roles[0], roles[1] = roles[1], roles[0]
@@ -209,7 +210,7 @@ func (s *Session) Tick(now time.Time) {
 func (s *Session) Seal(d []byte, label uint16) []byte {
 	k := s.send.Load()
 	counter := k.counter.Add(1) - 1
-	if counter >= rekeyCount {
+	if counter >= s.count {
 		if counter >= lastCounter {
 			return nil
 		}

@@ -309,6 +309,46 @@ func TestRekeyByCount(t *testing.T) {
 	}
 }
 
+// Keys change all the time while both ends send and datagrams overtake each
+// other: every one opens.
+func TestRekeyUnderLoad(t *testing.T) {
+	const total, perKey, late = 100_000, 2000, 64
+	d, l := pair(t, AES256GCM)
+	d.count, l.count = perKey, perKey
+	var tasks sync.WaitGroup
+	defer tasks.Wait()
+	for _, way := range [][2]*Session{{d, l}, {l, d}} {
+		wire := make(chan []byte, 4*late)
+		tasks.Go(func() {
+			defer close(wire)
+			row := make([][]byte, 0, late)
+			for range total / late {
+				for row = row[:0]; len(row) < late; {
+					row = append(row, seal(way[0], 1, "x"))
+				}
+				rand.Shuffle(late, func(i, j int) { row[i], row[j] = row[j], row[i] })
+				for _, b := range row {
+					wire <- b
+				}
+			}
+			if n := way[0].Epoch(); n < 5 {
+				t.Errorf("%d changes of the key in %d datagrams", n, total)
+			}
+		})
+		tasks.Go(func() {
+			lost := 0
+			for b := range wire {
+				if _, err := way[1].Open(b); err != nil {
+					lost++
+				}
+			}
+			if lost > 0 {
+				t.Errorf("%d datagrams lost", lost)
+			}
+		})
+	}
+}
+
 // The low byte of the epoch comes round.
 func TestManyEpochs(t *testing.T) {
 	d, l := pair(t, AES256GCM)

@@ -76,13 +76,13 @@ func (r *receiver) datagram(d []byte) error {
 		r.count.refused(err)
 		return nil
 	}
-	if n.came(r.from) {
-		r.moved(n)
-	}
 	var h header
 	if !h.parse(d) {
 		r.count.drop(malformed, n.traffic)
 		return nil
+	}
+	if n.came(r.from) {
+		r.moved(n)
 	}
 	if h.kind == kindProbe {
 		r.probe(t, n, &h, d)

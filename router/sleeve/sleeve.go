@@ -51,6 +51,10 @@
 // text is what stands above from byte 12 on, and then the kind. They are 18
 // bytes longer.
 //
+// Answers go where the last datagram that was taken from a neighbour came from,
+// and the session or keys of a link that was replaced by another are good for a
+// while beside the new ones: see succession.
+//
 // A segment is made so that its headers can be put right for it alone: when
 // some segments of a super-frame are lost, each run of the others still makes
 // a valid frame. A datagram that does not fit this is dropped and counted. A

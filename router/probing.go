@@ -45,8 +45,13 @@ func (r *Router) refresh(now time.Time) {
 		}
 	}
 	for name := range r.neighbours {
-		if !seen[name] {
-			delete(r.neighbours, name)
+		if seen[name] {
+			continue
+		}
+		delete(r.neighbours, name)
+		if r.cfg.Mesh.Excluded(name) { // nothing is kept for its return
+			r.plan.forget(name)
+			delete(r.memory, name)
 		}
 	}
 }

@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -69,14 +70,23 @@ func TestPasswordRotation(t *testing.T) {
 		flows.hold(t, "restarted", runningBar, away+rejoinBar)
 	})
 	step(t, "the old one is refused", func(t *testing.T) {
-		u3 := l.Host("u3")
-		weave(t, u3, "stop")
-		launch(t, u3, withPasswords(l, u3, "two", "")...)
+		u1, u2, u3 := l.Host("u1"), l.Host("u2"), l.Host("u3")
+		for _, round := range [][]string{{"--password-next", "four"}, {"--finish"}} {
+			for _, h := range []*lab.Host{u1, u2} {
+				weave(t, h, append([]string{"rotate-password"}, round...)...)
+			}
+		}
 		refusedBy(t, u3, "passwords differ")
-		refusedBy(t, l.Host("u1"), "passwords differ")
+		refusedBy(t, u1, "passwords differ")
+		within(t, patience, "exclusion", func() error {
+			if cs[0].reaches(t.Context(), cs[2].addr.Addr(), 56) == nil {
+				return errors.New("frames still pass to a host without the password")
+			}
+			return nil
+		})
 		refused(t, u3, 1, []string{"--password-next"}, "weave", "rotate-password", "--finish")
 		// It is given the new one without a restart.
-		weave(t, u3, "rotate-password", "--password-next", "three")
+		weave(t, u3, "rotate-password", "--password-next", "four")
 		settled(t)
 		weave(t, u3, "rotate-password", "--finish")
 		settled(t)
@@ -88,7 +98,7 @@ func TestPasswordRotation(t *testing.T) {
 		weave(t, u2, "stop")
 		weave(t, u1, "stop")
 		flows.inClear[0].awaitNext(t) // the kernel goes on
-		launch(t, u1, "--docker-api", "", "--password", "three", "u2", "u3")
+		launch(t, u1, "--docker-api", "", "--password", "four", "u2", "u3")
 		flows.inClear[0].mark()
 		select {
 		case <-time.After(20 * numberedInterval):
@@ -97,7 +107,7 @@ func TestPasswordRotation(t *testing.T) {
 		if gap := flows.inClear[0].mark(); gap < 20*numberedInterval {
 			t.Errorf("after the launch frames went on in clear: no gap longer than %s", gap)
 		}
-		launch(t, u2, withPasswords(l, u2, "three", "")...)
+		launch(t, u2, withPasswords(l, u2, "four", "")...)
 		within(t, patience, "sealed", func() error { return on(t.Context(), u1, 2, "encrypted   sleeve") })
 		if seenInClear(t, cs[0], u2, cs[1].addr.Addr().String()) {
 			t.Error("frames go in clear to a host that is trusted no more")

@@ -23,17 +23,33 @@ func (m *Mesh) SetKeys(keys []*seal.Key) {
 	defer m.mu.Unlock()
 	m.keys = slices.Clone(keys)
 	for name, l := range m.links {
-		l.expires = time.Time{}
-		if m.rankLocked(l.key) > 0 {
+		if !m.outdateLocked(l, now) {
 			continue
 		}
-		l.expires = now.Add(outdatedWait)
 		if m.cfg.Discovery {
 			m.dials.discover(name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, true)
 		}
 		m.dials.renew(name, now)
 	}
 	signal(m.kick)
+}
+
+// outdateLocked says whether the password of a link is good no more, and ends
+// the link after a while if so.
+func (m *Mesh) outdateLocked(l *link, now time.Time) bool {
+	if l.expires = (time.Time{}); l.key == nil || m.rankLocked(l.key) > 0 {
+		return false
+	}
+	l.expires = now.Add(outdatedWait)
+	return true
+}
+
+// Excluded says whether the last link to a peer ended because its password is
+// good no more: the peer is no member any longer.
+func (m *Mesh) Excluded(name peer.Name) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.excluded[name]
 }
 
 func (m *Mesh) goodKeys() []*seal.Key {

@@ -125,6 +125,7 @@ type Mesh struct {
 	readers   map[chan struct{}]struct{}
 	windows   map[peer.Name]*window // broadcasts seen, by source
 	lastSeq   uint64                // of our broadcasts
+	excluded  map[peer.Name]bool    // peers without a link since their password is good no more
 	noData    map[peer.Name]bool    // neighbours over whose links no data path works
 	stale     bool                  // our record does not say what is
 	overtaken bool                  // a record under our name supersedes ours
@@ -173,6 +174,7 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		links:    make(map[peer.Name]*link),
 		dials:    newDialer(cfg.Self.Port),
 		turned:   make(turned),
+		excluded: make(map[peer.Name]bool),
 		readers:  make(map[chan struct{}]struct{}),
 		windows:  make(map[peer.Name]*window),
 		lastSeq:  uint64(now.UnixNano()),

@@ -189,6 +189,9 @@ func TestPasswordNoMore(t *testing.T) {
 	until(t, "link", 5*time.Second, meshed(1, a, b))
 	a.SetKeys([]*seal.Key{key(t, "y")})
 	until(t, "end of the link", 2*outdatedWait, func() bool { return len(a.Neighbours()) == 0 && len(b.Neighbours()) == 0 })
+	if !a.Excluded(2) || b.Excluded(1) {
+		t.Error("the end that ended the link does not know why, or the other does")
+	}
 	until(t, "reason", 5*time.Second, func() bool { return slices.Contains(b.reasons(), "true passwords differ") })
 }
 

@@ -92,6 +92,7 @@ func (m *Mesh) expireLocked(now time.Time) {
 	gone := m.topo.Expire(now, keepRecords)
 	for _, name := range gone {
 		delete(m.windows, name)
+		delete(m.excluded, name)
 		m.dials.lose(name)
 	}
 	if len(gone) > 0 {
@@ -263,6 +264,8 @@ func (m *Mesh) registerLocked(h *handshake.Other, conn *heardConn) *link {
 		old.stop(errors.New("replaced by a newer link"))
 	}
 	m.links[h.Info.Name] = l
+	delete(m.excluded, l.peer.Name)
+	m.outdateLocked(l, now) // the password may have changed during the handshake
 	l.sendUrgent(recordFrames(m.topo.Snapshot().ReachableRecords()))
 	m.stale = true
 	m.turned.forget(l.remote)
@@ -280,6 +283,9 @@ func (m *Mesh) unregister(l *link) {
 		return
 	}
 	delete(m.links, l.peer.Name)
+	if !l.expires.IsZero() {
+		m.excluded[l.peer.Name] = true
+	}
 	m.stale = true
 	m.count.lost.Add(1)
 	m.dials.down(l.peer.Name, l.reason, now.Sub(l.began), now)

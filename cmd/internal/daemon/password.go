@@ -68,7 +68,7 @@ func (d *daemon) setPassword(_ context.Context, next string) error {
 	}
 	d.keys = keys
 	d.mesh.SetKeys(keys)
-	d.log.Info("password changes", "good passwords", len(keys))
+	d.log.Info("password changes", "good", len(keys))
 	return nil
 }
 

@@ -63,7 +63,7 @@ type Router struct {
 	byShortID  map[peer.ShortID]peer.Name
 	local      map[int]localPort
 	published  bool
-	forgot     bool               // a peer was removed for good
+	forgot     bool               // nothing is inherited any more
 	noData     map[peer.Name]bool // neighbours that others are told no data path works to
 	plan       *plan
 	memory     memory
@@ -221,6 +221,15 @@ func (r *Router) Forget(name peer.Name) {
 	r.forgot = true
 	r.plan.forget(name)
 	delete(r.memory, name)
+	r.mu.Unlock()
+	r.nudge()
+}
+
+// DropInherited ends what an earlier run left for peers that have not been met
+// since: they may be members no more.
+func (r *Router) DropInherited() {
+	r.mu.Lock()
+	r.forgot = true
 	r.mu.Unlock()
 	r.nudge()
 }

@@ -68,6 +68,9 @@ func (d *daemon) setPassword(_ context.Context, next string) error {
 	}
 	d.keys = keys
 	d.mesh.SetKeys(keys)
+	if next == "" {
+		d.router.DropInherited()
+	}
 	d.log.Info("password changes", "good", len(keys))
 	return nil
 }
@@ -82,20 +85,28 @@ func (d *daemon) changing() bool {
 // mayKeepClear says whether what an earlier run left forwarding in clear, to
 // peers of its own password in subnets that it trusted, may go on until links
 // tell: not after a change of what is trusted, nor when none of the passwords
-// is one of then.
-func (d *daemon) mayKeepClear() bool {
+// is one of then. For those without a link it may go on after that, if all
+// passwords of then are good yet.
+func (d *daemon) mayKeepClear() (until, after bool) {
 	if len(d.keys) == 0 {
-		return true
+		return true, true
 	}
 	b := d.store.Bucket(clearBucket)
 	trusted, ok := b.Get(trustedKey)
 	if !ok || !bytes.Equal(trusted, trustedText(d.cfg.Trusted)) {
-		return false
+		return false, false
+	}
+	var good []string
+	for _, k := range d.keys {
+		good = append(good, fingerprint(k))
 	}
 	then, _ := b.Get(keysKey)
-	return slices.ContainsFunc(d.keys, func(k *seal.Key) bool {
-		return slices.Contains(strings.Fields(string(then)), fingerprint(k))
-	})
+	after = true
+	for f := range strings.FieldsSeq(string(then)) {
+		known := slices.Contains(good, f)
+		until, after = until || known, after && known
+	}
+	return until, after
 }
 
 // saveClear remembers what mayKeepClear goes by. Without a password that is

@@ -24,9 +24,13 @@ func (d *daemon) openSwitch() (overlay.Switch, error) {
 		return d.openUserSwitch(err)
 	}
 	d.undo.atEnd(func() { _ = fast.Close() })
+	until, after := d.mayKeepClear()
 	switch {
-	case fast.Adopted() && d.mayKeepClear():
+	case fast.Adopted() && until:
 		d.router.Hold()
+		if !after {
+			d.router.DropInherited()
+		}
 	case fast.Adopted():
 		// What the kernel forwards is in clear, and other settings allowed it:
 		// it ends now, and goes on where links say that it may.

@@ -81,6 +81,7 @@ type Proxy struct {
 	paths     []string // of unix sockets
 	forward   *httputil.ReverseProxy
 	tunnels   tunnels
+	spares    spares
 	extras    *extras
 	namer     *namer
 }
@@ -97,6 +98,7 @@ func New(cfg Config) (*Proxy, error) {
 		return nil, err
 	}
 	p := &Proxy{cfg: cfg, namer: names, tunnels: tunnels{open: make(map[net.Conn]struct{})}, extras: newExtras(cfg)}
+	p.spares.dial = cfg.Docker.Dial
 	p.forward = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "docker"
@@ -215,12 +217,13 @@ func (p *Proxy) Run(ctx context.Context) error {
 	server := &http.Server{
 		Handler:           p,
 		ReadHeaderTimeout: headLimit,
+		ConnState:         connState,
 		ErrorLog:          slog.NewLogLogger(p.cfg.Log.Handler(), slog.LevelDebug),
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	for _, l := range p.listeners {
 		g.Go(func() error {
-			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			if err := server.Serve(front{l, p}); !errors.Is(err, http.ErrServerClosed) {
 				return fmt.Errorf("proxy: %w", err)
 			}
 			return nil
@@ -237,6 +240,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 			case <-ctx.Done():
 				err := server.Close()
 				p.forward.Transport.(*carrier).kept.CloseIdleConnections()
+				p.spares.end()
 				p.tunnels.closeAll()
 				return err
 			}

@@ -26,6 +26,7 @@ import (
 // fakeEngine answers as an engine would and notes what it was asked.
 type fakeEngine struct {
 	socket string
+	server *httptest.Server
 	mu     sync.Mutex
 	seen   []string
 }
@@ -63,7 +64,7 @@ func newEngine(t *testing.T, h http.HandlerFunc) *fakeEngine {
 		}
 		h(w, r)
 	}))
-	s.Listener = l
+	s.Listener, e.server = l, s
 	s.Start()
 	t.Cleanup(s.Close)
 	return e
@@ -99,11 +100,11 @@ type runningProxy struct {
 	stop   func()
 }
 
-func startProxy(t *testing.T, e *fakeEngine, network func(netip.Prefix) (string, error)) *runningProxy {
+func startProxy(t *testing.T, e *fakeEngine, network func(netip.Prefix) (string, error), further ...string) *runningProxy {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "weave.sock")
 	cfg := config(t, e)
-	cfg.Listen = []string{"unix://" + socket}
+	cfg.Listen = append([]string{"unix://" + socket}, further...)
 	cfg.Network = func(_ context.Context, subnet netip.Prefix) (string, error) {
 		if network == nil {
 			return "", fmt.Errorf("network for %s asked for", subnet)

@@ -23,13 +23,13 @@ func unversioned(path string) string {
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path := unversioned(r.URL.Path)
 	switch {
-	case r.Method == http.MethodPost && path == "/containers/create":
+	case creates(r.Method, path):
 		p.create(w, r)
-	case r.Method == http.MethodPost && startedContainer(path) != "" && p.extras.any():
+	case p.completes(r.Method, path):
 		p.start(w, r, startedContainer(path))
-	case p.cfg.RewriteInspect && r.Method == http.MethodGet && inspectedContainer(path) != "":
+	case p.rewrites(r.Method, path):
 		p.inspect(w, r)
-	case takesOver(r, path):
+	case r.ContentLength >= 0 && (r.Header.Get("Upgrade") != "" || streams(r.Method, path)):
 		p.tunnel(w, r)
 	default:
 		// The engine answers a build while it is still reading it.
@@ -38,17 +38,30 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// takesOver says whether the engine may turn the connection of a request into
-// a plain stream: it does so for attach and exec/start even if the client does
-// not ask for an upgrade.
-func takesOver(r *http.Request, path string) bool {
-	if r.ContentLength < 0 {
-		return false
-	}
-	if r.Header.Get("Upgrade") != "" {
-		return true
-	}
-	if r.Method != http.MethodPost {
+// part says whether a call is one that the proxy does something about.
+func (p *Proxy) part(method, path string) bool {
+	return creates(method, path) || p.completes(method, path) || p.rewrites(method, path) || streams(method, path)
+}
+
+func creates(method, path string) bool {
+	return method == http.MethodPost && path == "/containers/create"
+}
+
+// completes says whether the call may start a container that lacks addresses
+// then.
+func (p *Proxy) completes(method, path string) bool {
+	return method == http.MethodPost && startedContainer(path) != "" && p.extras.any()
+}
+
+func (p *Proxy) rewrites(method, path string) bool {
+	return p.cfg.RewriteInspect && method == http.MethodGet && inspectedContainer(path) != ""
+}
+
+// streams says whether the engine may turn the connection of a request into a
+// plain stream even if the client does not ask for an upgrade: it does so for
+// attach and exec/start.
+func streams(method, path string) bool {
+	if method != http.MethodPost {
 		return false
 	}
 	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")

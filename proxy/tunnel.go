@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -163,10 +164,11 @@ func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *
 	var wg sync.WaitGroup
 	over := make(chan struct{})
 	wg.Go(func() {
-		if copyFrom(back, fromClient, client) != nil {
-			return
+		// An error may be of either side: a container that takes no input still
+		// says something.
+		if copyFrom(back, fromClient, client) == nil {
+			closeWrite(back)
 		}
-		closeWrite(back)
 		if hungUp(client, over) {
 			_ = back.Close()
 		}
@@ -186,28 +188,16 @@ func splice(client net.Conn, fromClient *bufio.Reader, back net.Conn, fromBack *
 
 // hungUp waits until a client that ended its half has gone altogether, or the
 // stream is over; it says whether the former came first. The end of input alone
-// does not tell, and a container that says nothing would never find out. Only
-// unix sockets know (POLLHUP, poll(2)): for TCP it waits for the latter.
+// does not tell, and a container that says nothing would never find out. A unix
+// socket shows it at once (POLLHUP, poll(2)); on TCP a client that closed its
+// connection looks like one that ended its half until its host answers a
+// keep-alive probe with a reset, which takes about a minute.
 func hungUp(client net.Conn, over <-chan struct{}) bool {
-	c, ok := client.(*net.UnixConn)
-	if !ok {
-		return false
-	}
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return false
-	}
 	tick := time.NewTicker(hangupInterval)
 	defer tick.Stop()
 	for {
-		gone := false
-		err := raw.Control(func(fd uintptr) {
-			p := []unix.PollFd{{Fd: int32(fd)}}
-			n, err := unix.Poll(p, 0)
-			gone = err == nil && n > 0 && p[0].Revents&unix.POLLHUP != 0
-		})
-		if err != nil || gone {
-			return gone
+		if polls(client, 0) {
+			return true
 		}
 		select {
 		case <-over:
@@ -215,6 +205,26 @@ func hungUp(client net.Conn, over <-chan struct{}) bool {
 		case <-tick.C:
 		}
 	}
+}
+
+// polls says whether poll(2) has one of the events for a connection now, an
+// error, or a hang-up.
+func polls(c net.Conn, events int16) bool {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return false
+	}
+	found := false
+	err = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: events}}
+		n, err := unix.Poll(p, 0)
+		found = err == nil && n > 0
+	})
+	return err != nil || found
 }
 
 // copyFrom copies what was read ahead, then the connection itself, for which

@@ -109,6 +109,9 @@ func assemble(ctx context.Context, db *state.DB, log *slog.Logger) (*Plugin, []f
 	if err := m.Reconcile(ctx); err != nil {
 		return nil, nil, err
 	}
+	if err := errors.Join(os.MkdirAll("/etc/docker/plugins", 0o755), WriteAbsence("/etc/docker/plugins/weave.spec")); err != nil {
+		return nil, nil, err
+	}
 	c := docker.New("/run/docker.sock")
 	w := docker.NewWatcher(c, log)
 	p, err := New(Config{Socket: "/run/docker/plugins/weave.sock", Attach: m, Alloc: alloc, Docker: c, Watch: w,
@@ -168,6 +171,15 @@ func (p *helper) ask(t *testing.T, word string) string {
 		t.Fatal(err)
 	}
 	return p.hear(t)
+}
+
+// end lets the plugin end as it should.
+func (p *helper) end(t *testing.T) {
+	t.Helper()
+	_ = p.in.Close()
+	if err := p.cmd.Wait(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // kill ends the plugin by SIGKILL.

@@ -63,6 +63,7 @@ func givenUp(policy, failure string) bool {
 	}
 	for _, s := range []string{
 		"/plugins/" + docker.Driver + ".sock", // nobody answers
+		notRunning,
 		`plugin "` + docker.Driver + `" not found`,
 		"plugin " + docker.Driver + " not found",
 		"NetworkDriver.", "IpamDriver.", // an answer of ours

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"weave.local/peer/state"
+	"weave.local/plugin"
 	"weave.local/router/attach"
 	"weave.local/router/fastdp"
 	"weave.local/router/firewall"
@@ -74,7 +75,7 @@ func (d *daemon) cleanAttachments(ctx context.Context, db *state.DB) error {
 // cleanFiles removes the files that are ours, and the folders that were made
 // for them if nothing else is in them.
 func (d *daemon) cleanFiles(made []string) error {
-	var errs []error
+	errs := []error{plugin.RemoveAbsence(pluginSpec)}
 	ours := []string{
 		d.cfg.run(ControlSocket), d.cfg.run(proxySocket), d.cfg.run(lockFile),
 		d.cfg.data(logFile), d.cfg.data(logFile + ".old"),

@@ -27,6 +27,8 @@ const (
 	DefaultStatusAddr   = "127.0.0.1:6782"
 	DefaultDockerSocket = "unix:///var/run/docker.sock"
 	DefaultPluginSocket = "/run/docker/plugins/weave.sock"
+	// pluginSpec answers Docker while that socket is not there.
+	pluginSpec = "/etc/docker/plugins/weave.spec"
 )
 
 // Names of files in the run and data folders.

@@ -331,6 +331,7 @@ func (d *daemon) openDocker(context.Context) error {
 	if err := d.makeDir(filepath.Dir(d.cfg.PluginSocket)); err != nil {
 		return err
 	}
+	d.writeAbsence()
 	if err := saveFolders(d.store, d.made); err != nil {
 		return err
 	}
@@ -362,6 +363,21 @@ func (d *daemon) openDocker(context.Context) error {
 	}
 	d.undo.atEnd(func() { _ = d.proxy.Close() })
 	return nil
+}
+
+// writeAbsence keeps Docker from waiting for a driver that is not there. A host
+// whose /etc can't be written does without.
+func (d *daemon) writeAbsence() {
+	if d.cfg.PluginSocket != DefaultPluginSocket {
+		return
+	}
+	err := d.makeDir(filepath.Dir(pluginSpec))
+	if err == nil {
+		err = plugin.WriteAbsence(pluginSpec)
+	}
+	if err != nil {
+		d.log.Warn("Docker will wait for containers of ours while weave is stopped", "err", err)
+	}
 }
 
 // defaultSubnet is that of addresses for which nobody names one; invalid

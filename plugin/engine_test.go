@@ -293,6 +293,43 @@ func addresses(t *testing.T, h *lab.Host, p *helper, run func(...string) string)
 	if owned := p.ask(t, "owned"); owned != "map[]" {
 		t.Errorf("addresses that are still owned: %s", owned)
 	}
+	failures(t, h, p)
+}
+
+// failures checks what is left of a container that can't be attached, or whose
+// start fails after that: the reason in the client's hands, and nothing else.
+func failures(t *testing.T, h *lab.Host, p *helper) {
+	on := func(args ...string) {
+		t.Helper()
+		if err := h.Run(t.Context(), args...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fails := func(word string, args ...string) {
+		t.Helper()
+		r := h.Docker(t.Context(), append([]string{"run", "--name", "failed", "--net=weave"}, args...)...)
+		if r.Code == 0 || !strings.Contains(r.Stderr, word) {
+			t.Errorf("exit %d, said %q, want an error with %q", r.Code, r.Stderr, word)
+		}
+		if r := h.Docker(t.Context(), "inspect", "-f", "{{.State.Running}} {{.State.Pid}}", "failed"); r.Stdout != "false 0\n" {
+			t.Errorf("the container: %q %q", r.Stdout, r.Stderr)
+		}
+		if owned := p.ask(t, "owned"); owned != "map[]" {
+			t.Errorf("addresses that are still owned: %s", owned)
+		}
+		if r := h.Run(t.Context(), "sh", "-c", "ip -o link | grep vethw"); r.Stdout != "" {
+			t.Errorf("devices are left:\n%s", r.Stdout)
+		}
+		if err := h.Docker(t.Context(), "rm", "failed").Err(); err != nil {
+			t.Error(err)
+		}
+	}
+	fails("nosuch", "busybox", "nosuch")
+	on("ip", "link", "set", "weave", "down")
+	on("ip", "link", "set", "weave", "name", "elsewhere")
+	fails("weave", "busybox", "true")
+	on("ip", "link", "set", "elsewhere", "name", "weave")
+	on("ip", "link", "set", "weave", "up")
 }
 
 // release checks what a stop and a reset do to networks.

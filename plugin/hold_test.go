@@ -3,6 +3,7 @@ package plugin
 import (
 	"fmt"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +13,7 @@ import (
 
 // How long the engine takes to start with networks and containers of ours while
 // the plugin is there, and when it ended as it should. The containers run in
-// the end.
+// the end, and each time they started their first process had its address.
 func TestEngineStart(t *testing.T) {
 	const networks, containers = 20, 10
 	h, run := engineHost(t)
@@ -32,7 +33,7 @@ func TestEngineStart(t *testing.T) {
 	}
 	fill := func(network string) {
 		for i := range containers {
-			run("run", "-d", "--name", fmt.Sprintf("c%d", i), "--restart", "always", "--net", network, "busybox", "sleep", "6000")
+			run("run", "-d", "--name", fmt.Sprintf("c%d", i), "--restart", "always", "--net", network, "busybox", "sh", "-c", "ip -4 -o addr; exec sleep 6000")
 		}
 	}
 	fill("bridge")
@@ -81,5 +82,29 @@ func TestEngineStart(t *testing.T) {
 	}
 	startHelper(t, h, state)
 	all()
+	run("restart", "-t", "0", "c0")
+	pid, err := h.ContainerPID(t.Context(), "c1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Run(t.Context(), "kill", "-9", strconv.Itoa(pid)).Err(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range containers {
+		name, starts := fmt.Sprintf("c%d", i), 3
+		if i < 2 {
+			starts++
+		}
+		err := lab.Wait(t.Context(), 60*time.Second, func() error {
+			said := run("logs", name)
+			if n := strings.Count(said, ": lo "); n < starts || strings.Count(said, ": ethwe0 ") != n {
+				return fmt.Errorf("%s, which started %d times, saw\n%s", name, starts, said)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
 	t.Logf("engine start: without weave %v, plugin up %v, ended %v", bare, up, down)
 }

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -12,6 +13,9 @@ import (
 
 	"weave.local/tests/lab"
 )
+
+// livesEnv is how many containers TestLives has; 200 unless set.
+const livesEnv = "TEST_LIVES"
 
 // Containers come and go, ten at a time. Nothing of them stays.
 func TestLives(t *testing.T) {
@@ -33,12 +37,19 @@ func TestLives(t *testing.T) {
 		return n
 	}
 	run("run", "--rm", "--net=weave", "busybox", "true") // what is made once is there
+	lives := 200
+	if s := os.Getenv(livesEnv); s != "" {
+		var err error
+		if lives, err = strconv.Atoi(s); err != nil {
+			t.Fatal(err)
+		}
+	}
 	before, served := count(), goroutines()
 	began := time.Now()
 	var g errgroup.Group
 	for worker := range 10 {
 		g.Go(func() error {
-			for i := range 20 {
+			for i := range lives / 10 {
 				name := fmt.Sprintf("life-%d-%d", worker, i)
 				body := `{"Image":"busybox","Cmd":["ip","-4","-o","addr"],"HostConfig":{"NetworkMode":"weave"}}`
 				if err := call(t.Context(), h, "POST", "/containers/create?name="+name, body); err != nil {
@@ -57,7 +68,7 @@ func TestLives(t *testing.T) {
 	if err := g.Wait(); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("200 lives, 10 in parallel: %v", time.Since(began).Round(time.Millisecond))
+	t.Logf("%d lives, 10 in parallel: %v", lives, time.Since(began).Round(time.Millisecond))
 	err := lab.Wait(t.Context(), 10*time.Second, func() error {
 		if after := count(); after != before {
 			return fmt.Errorf("devices, ports, networks: %s, before %s", after, before)

@@ -81,7 +81,6 @@ type Proxy struct {
 	paths     []string // of unix sockets
 	forward   *httputil.ReverseProxy
 	tunnels   tunnels
-	spares    spares
 	extras    *extras
 	namer     *namer
 }
@@ -98,7 +97,6 @@ func New(cfg Config) (*Proxy, error) {
 		return nil, err
 	}
 	p := &Proxy{cfg: cfg, namer: names, tunnels: tunnels{open: make(map[net.Conn]struct{})}, extras: newExtras(cfg)}
-	p.spares.dial = cfg.Docker.Dial
 	p.forward = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "docker"
@@ -240,7 +238,6 @@ func (p *Proxy) Run(ctx context.Context) error {
 			case <-ctx.Done():
 				err := server.Close()
 				p.forward.Transport.(*carrier).kept.CloseIdleConnections()
-				p.spares.end()
 				p.tunnels.closeAll()
 				return err
 			}

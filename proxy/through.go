@@ -9,11 +9,8 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -24,9 +21,7 @@ const (
 	// fit, and which grows to the second.
 	smallAnswer = 4 << 10
 	largeAnswer = 256 << 10
-	// spareConns is how many connections to the engine are opened ahead.
-	spareConns = 2
-	headEnd    = "\r\n\r\n"
+	headEnd     = "\r\n\r\n"
 )
 
 // front makes front conns of a listener's connections.
@@ -145,7 +140,7 @@ func (f *frontConn) readHead(buf []byte) (n int, err error) {
 // send sends a request to the engine. An error means that it was not sent.
 func (f *frontConn) send(head []byte) error {
 	if f.back == nil {
-		back, err := f.p.spares.take()
+		back, err := f.p.cfg.Docker.Dial(context.Background())
 		if err != nil {
 			return err
 		}
@@ -164,7 +159,6 @@ func (f *frontConn) send(head []byte) error {
 // answer copies what the engine sends. Its end is that of the client's
 // connection, unless that is left to the server.
 func (f *frontConn) answer(back net.Conn, copied, leaving chan struct{}) {
-	defer f.p.spares.refill()
 	defer f.p.tunnels.remove(back)
 	defer close(copied)
 	buf := make([]byte, smallAnswer)
@@ -244,65 +238,4 @@ func plain(head []byte, part func(method, path string) bool) bool {
 		}
 	}
 	return true
-}
-
-// spares are connections to the engine that were opened ahead: a client of one
-// request does not wait for the engine to accept them.
-type spares struct {
-	dial func(context.Context) (net.Conn, error)
-
-	mu    sync.Mutex
-	idle  []net.Conn
-	ended bool
-}
-
-// take returns a connection to the engine.
-func (s *spares) take() (net.Conn, error) {
-	for {
-		s.mu.Lock()
-		n := len(s.idle)
-		if n == 0 {
-			s.mu.Unlock()
-			return s.dial(context.Background())
-		}
-		back := s.idle[n-1]
-		s.idle = s.idle[:n-1]
-		s.mu.Unlock()
-		if !polls(back, unix.POLLIN) { // that would be its end
-			return back, nil
-		}
-		_ = back.Close()
-	}
-}
-
-// refill opens one ahead.
-func (s *spares) refill() {
-	s.mu.Lock()
-	full := len(s.idle) >= spareConns
-	s.mu.Unlock()
-	if full {
-		return
-	}
-	back, err := s.dial(context.Background())
-	if err != nil {
-		return // whoever needs one will see
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ended || len(s.idle) >= spareConns {
-		_ = back.Close()
-		return
-	}
-	s.idle = append(s.idle, back)
-}
-
-// end closes them; none is kept from then on.
-func (s *spares) end() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.ended = true
-	for _, back := range s.idle {
-		_ = back.Close()
-	}
-	s.idle = nil
 }

@@ -196,7 +196,7 @@ func hungUp(client net.Conn, over <-chan struct{}) bool {
 	tick := time.NewTicker(hangupInterval)
 	defer tick.Stop()
 	for {
-		if polls(client, 0) {
+		if gone(client) {
 			return true
 		}
 		select {
@@ -207,9 +207,8 @@ func hungUp(client net.Conn, over <-chan struct{}) bool {
 	}
 }
 
-// polls says whether poll(2) has one of the events for a connection now, an
-// error, or a hang-up.
-func polls(c net.Conn, events int16) bool {
+// gone says whether the other side of a connection takes nothing any more.
+func gone(c net.Conn) bool {
 	s, ok := c.(syscall.Conn)
 	if !ok {
 		return false
@@ -220,7 +219,7 @@ func polls(c net.Conn, events int16) bool {
 	}
 	found := false
 	err = raw.Control(func(fd uintptr) {
-		p := []unix.PollFd{{Fd: int32(fd), Events: events}}
+		p := []unix.PollFd{{Fd: int32(fd)}} // asks for errors and hang-ups only
 		n, err := unix.Poll(p, 0)
 		found = err == nil && n > 0
 	})

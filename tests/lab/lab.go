@@ -14,6 +14,10 @@
 // host, and a janitor process then removes folder and groups. Nothing is named
 // machine-wide except after that folder, so that labs do not meet.
 //
+// The engine is the dockerd that PATH finds: to try another one, unpack its
+// packages somewhere and put the folders of its dockerd, containerd and docker
+// first in PATH.
+//
 // Hosts share the root file system of the machine otherwise, /tmp included.
 package lab
 

@@ -219,9 +219,10 @@ func (p *Proxy) Run(ctx context.Context) error {
 		ErrorLog:          slog.NewLogLogger(p.cfg.Log.Handler(), slog.LevelDebug),
 	}
 	g, ctx := errgroup.WithContext(ctx)
+	dial := func() (net.Conn, error) { return p.cfg.Docker.Dial(ctx) }
 	for _, l := range p.listeners {
 		g.Go(func() error {
-			if err := server.Serve(front{l, p}); !errors.Is(err, http.ErrServerClosed) {
+			if err := server.Serve(front{l, p, dial}); !errors.Is(err, http.ErrServerClosed) {
 				return fmt.Errorf("proxy: %w", err)
 			}
 			return nil

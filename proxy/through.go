@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"bytes"
-	"context"
 	"crypto/tls"
 	"errors"
 	"io"
@@ -27,7 +26,8 @@ const (
 // front makes front conns of a listener's connections.
 type front struct {
 	net.Listener
-	p *Proxy
+	p    *Proxy
+	dial func() (net.Conn, error) // to the engine
 }
 
 // Accept waits for a client.
@@ -36,7 +36,7 @@ func (f front) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &frontConn{Conn: conn, p: f.p, between: true}, nil
+	return &frontConn{Conn: conn, p: f.p, dial: f.dial, between: true}, nil
 }
 
 // frontConn is a client's connection as the server sees it: without the
@@ -46,7 +46,8 @@ func (f front) Accept() (net.Conn, error) {
 // fraction of serving them.
 type frontConn struct {
 	net.Conn
-	p *Proxy
+	p    *Proxy
+	dial func() (net.Conn, error)
 
 	// Used by the one goroutine that reads: the server reads either for a
 	// request or on behalf of a handler.
@@ -140,7 +141,7 @@ func (f *frontConn) readHead(buf []byte) (n int, err error) {
 // send sends a request to the engine. An error means that it was not sent.
 func (f *frontConn) send(head []byte) error {
 	if f.back == nil {
-		back, err := f.p.cfg.Docker.Dial(context.Background())
+		back, err := f.dial()
 		if err != nil {
 			return err
 		}

@@ -134,7 +134,7 @@ func TestVanishedClients(t *testing.T) {
 		_, _ = io.Copy(io.Discard, buf)
 		// The end of input is not that of the stream, and this container says
 		// nothing.
-		_ = lab.Wait(t.Context(), time.Minute, func() error {
+		_ = lab.Wait(r.Context(), time.Minute, func() error {
 			if !gone(conn) {
 				return errors.New("the connection is open")
 			}

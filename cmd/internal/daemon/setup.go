@@ -373,6 +373,9 @@ func (d *daemon) writeAbsence() {
 	}
 	err := d.makeDir(filepath.Dir(pluginSpec))
 	if err == nil {
+		if _, none := os.Stat(pluginSpec); none != nil {
+			d.undo.onFailure(func() { _ = plugin.RemoveAbsence(pluginSpec) })
+		}
 		err = plugin.WriteAbsence(pluginSpec)
 	}
 	if err != nil {

@@ -171,7 +171,9 @@ func TestVanishedClients(t *testing.T) {
 		}
 	}
 	err := lab.Wait(t.Context(), 20*time.Second, func() error {
-		if n := runtime.NumGoroutine(); n > before+2 {
+		// Of each kind of client there were ten, and the proxy itself may have
+		// been starting.
+		if n := runtime.NumGoroutine(); n > before+8 {
 			return fmt.Errorf("%d goroutines, %d before", n, before)
 		}
 		return nil

@@ -77,6 +77,7 @@ func (s *Server) Control() http.Handler {
 	mux := http.NewServeMux()
 	s.readOnly(mux)
 	for pattern, h := range map[string]handler{
+		"GET /report":        s.report,
 		"GET /hello":         func(w http.ResponseWriter, _ *http.Request) error { return writeJSON(w, s.cfg.Hello) },
 		"GET /ps":            s.ps,
 		"GET /proxyaddrs":    s.proxyAddrs,
@@ -101,6 +102,13 @@ func (s *Server) Control() http.Handler {
 func (s *Server) Status() http.Handler {
 	mux := http.NewServeMux()
 	s.readOnly(mux)
+	mux.HandleFunc("GET /report", s.wrap(func(w http.ResponseWriter, r *http.Request) error {
+		if r.URL.Query().Has("format") {
+			// A template can ask for more work than the daemon could ever do.
+			return &statusError{http.StatusForbidden, errors.New("a format is for root alone: use 'weave report --format'")}
+		}
+		return s.report(w, r)
+	}))
 	return mux
 }
 
@@ -110,7 +118,6 @@ func (s *Server) readOnly(mux *http.ServeMux) {
 		return nil
 	}))
 	mux.HandleFunc("GET /status/{part}", s.wrap(s.statusPart))
-	mux.HandleFunc("GET /report", s.wrap(s.report))
 	mux.Handle("GET /metrics", s.metrics())
 }
 

@@ -139,7 +139,7 @@ func (d *daemon) serve(ctx context.Context) error {
 	}
 	start("control", func(ctx context.Context) error { return serveHTTP(ctx, d.control, d.api.Control()) })
 	if d.status != nil {
-		start("status", func(ctx context.Context) error { return serveHTTP(ctx, d.status, d.api.Status()) })
+		start("status", func(ctx context.Context) error { return serveStatus(ctx, d.status, d.api.Status()) })
 	}
 	if d.plugin != nil {
 		d.awaitNetwork(ctx)

@@ -55,6 +55,8 @@ func (t *Topology) SetLocal(self Info, neighbours []Adjacency) Record {
 func (t *Topology) Merge(r Record) Merged {
 	old := t.records[r.Name]
 	switch {
+	case old == nil && len(t.records) >= int(MaxShortID):
+		return Unchanged // nobody more could have a short id
 	case old == nil:
 		t.records[r.Name] = &entry{Record: r}
 	case r.Seq == old.Seq && r.UID == old.UID:

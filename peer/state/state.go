@@ -8,6 +8,7 @@
 package state
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -121,7 +122,8 @@ func closeDamaged(db *bbolt.DB) {
 	_ = db.Close()
 }
 
-// readAll reads every page that is in use.
+// readAll reads every page that is in use, and then has bbolt check that they
+// and those that it would write to are not the same.
 func readAll(tx *bbolt.Tx) error {
 	var sum byte
 	err := tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
@@ -136,6 +138,12 @@ func readAll(tx *bbolt.Tx) error {
 		})
 	})
 	_ = sum
+	if err != nil {
+		return err
+	}
+	for e := range tx.Check() { // to its end: it waits for its reader
+		err = cmp.Or(err, e)
+	}
 	return err
 }
 

@@ -146,3 +146,59 @@ func TestDamageIsSetAside(t *testing.T) {
 		})
 	}
 }
+
+// FuzzOpen damages a file at one place, with whatever bytes: it opens all the
+// same, with all of its keys, or none and the damaged file set aside, or, when
+// what is damaged are keys and values themselves, with other ones.
+func FuzzOpen(f *testing.F) {
+	base := filepath.Join(f.TempDir(), "base.db")
+	db, err := Open(base, slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.Fatal(err)
+	}
+	for i := range 8 {
+		all := map[string][]byte{}
+		for j := range 5 {
+			all[string(rune('a'+i))+string(rune('a'+j))] = bytes.Repeat([]byte{byte(j)}, 300)
+		}
+		if err := errors.Join(db.Bucket("x").Update(all), db.Bucket("y").Put("k", all["aa"])); err != nil {
+			f.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		f.Fatal(err)
+	}
+	whole, err := os.ReadFile(base)
+	if err != nil {
+		f.Fatal(err)
+	}
+	page := os.Getpagesize()
+	for _, p := range []int{0, 2, len(whole)/page - 1} {
+		f.Add(uint32(p*page+8), bytes.Repeat([]byte{0xff}, 7), uint32(0))                     // what it is, and how large
+		f.Add(uint32(p*page+16), []byte{1, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f, 0xff}, uint32(0)) // what is in it
+	}
+	f.Add(uint32(0), []byte{}, uint32(len(whole)-1))
+	f.Fuzz(func(t *testing.T, at uint32, with []byte, length uint32) {
+		file := filepath.Join(t.TempDir(), "weave.db")
+		b := bytes.Clone(whole)
+		copy(b[at%uint32(len(b)):], with)
+		if length > 0 {
+			b = b[:length%uint32(len(b))]
+		}
+		if err := os.WriteFile(file, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		db, err := Open(file, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = db.Close() }()
+		_, err = os.Stat(file + ".corrupt-1")
+		if n := len(db.Bucket("x").All()); err == nil && n > 0 {
+			t.Errorf("%d keys of a damaged file", n)
+		}
+		if err := db.Bucket("x").Put("new", []byte("1")); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -1,9 +1,15 @@
 package plugin
 
 import (
+	"bytes"
+	"encoding/json"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"weave.local/proxy/docker"
 )
@@ -99,4 +105,55 @@ func TestOneMulticastRoutePerContainer(t *testing.T) {
 	if !p.enterSandbox("s1", "e2") {
 		t.Error("the route is not free again")
 	}
+}
+
+// FuzzRequests sends requests of the remote driver protocol that change
+// nothing: whatever the body, there is one answer, which is JSON, and a pool
+// that is given has the subnet it says.
+func FuzzRequests(f *testing.F) {
+	methods := []string{
+		"Plugin.Activate", "IpamDriver.RequestPool", "IpamDriver.RequestAddress", "IpamDriver.ReleaseAddress",
+		"NetworkDriver.CreateNetwork", "NetworkDriver.DeleteNetwork", "NetworkDriver.Leave",
+	}
+	for i, body := range []string{
+		`{}`, `{"Pool":"10.5.0.0/16","SubPool":"10.5.7.0/24"}`, `{"PoolID":"weave-10.5.0.0/16-10.5.0.0/16","Options":{"RequestAddressType":"com.docker.network.gateway"}}`,
+		`{"PoolID":"weave-10.5.0.0/16-10.5.0.0/16","Address":"10.5.0.0"}`, `{"Options":{"com.docker.network.generic":{"works.weave.multicast":"x"}},"IPv4Data":[{}]}`,
+	} {
+		f.Add(byte(i), []byte(body))
+	}
+	f.Fuzz(func(t *testing.T, method byte, body []byte) {
+		p := &Plugin{
+			cfg:      Config{Log: slog.New(slog.DiscardHandler)},
+			networks: make(map[string]traits), sandboxes: make(map[string]string), pending: make(map[netip.Addr]time.Time),
+		}
+		name := methods[int(method)%len(methods)]
+		var q addressRequest
+		if err := json.Unmarshal(body, &q); err == nil && name == "IpamDriver.RequestAddress" && q.Options[typeOption] != gatewayOption {
+			return // what is no gateway is for the allocator and those attached
+		}
+		w := httptest.NewRecorder()
+		p.routes().ServeHTTP(w, httptest.NewRequest(http.MethodPost, "/"+name, bytes.NewReader(body)))
+		var a struct{ PoolID, Pool, Address, Err string }
+		if err := json.Unmarshal(w.Body.Bytes(), &a); err != nil || (w.Code == http.StatusOK) != (a.Err == "") {
+			t.Fatalf("%s %q: %d %s, %v", name, body, w.Code, w.Body, err)
+		}
+		if a.PoolID == "" {
+			return
+		}
+		l, err := parsePool(a.PoolID)
+		if err != nil || l.subnet.String() != a.Pool || !l.subnet.Contains(l.part.Addr()) || l.part.Bits() < l.subnet.Bits() {
+			t.Errorf("%q gives pool %s in %s, %v", body, a.PoolID, a.Pool, err)
+		}
+	})
+}
+
+func FuzzParseMAC(f *testing.F) {
+	f.Add("7a:0b:1c:2d:3e:4f")
+	f.Fuzz(func(t *testing.T, s string) {
+		if mac, err := parseMAC(s); err == nil && s != "" {
+			if again, err := parseMAC(mac.String()); err != nil || again != mac {
+				t.Errorf("%q is %s, then %s, %v", s, mac, again, err)
+			}
+		}
+	})
 }

@@ -2,6 +2,7 @@ package attach
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -52,4 +53,28 @@ func TestParseRequest(t *testing.T) {
 	if _, err := ParseRequests("net:default none"); err == nil {
 		t.Error("none among others is accepted")
 	}
+}
+
+// FuzzParseRequests reads what stands in WEAVE_CIDR, labels and options.
+func FuzzParseRequests(f *testing.F) {
+	f.Add("net:default net:10.2.2.0/24 ip:10.3.9.1/24 10.3.9.2/24")
+	f.Add("ip:fd00::1%eth0/64")
+	f.Fuzz(func(t *testing.T, s string) {
+		reqs, err := ParseRequests(s)
+		if err != nil {
+			return
+		}
+		words := make([]string, len(reqs))
+		for i, r := range reqs {
+			words[i] = r.String()
+			if r.Net.IsValid() && r.IP.IsValid() || r.IP.IsValid() && (!r.IP.Addr().Is4() || r.IP == r.IP.Masked()) ||
+				r.Net.IsValid() && (!r.Net.Addr().Is4() || r.Net != r.Net.Masked()) || max(r.Net.Bits(), r.IP.Bits()) > 30 {
+				t.Errorf("%q: %+v", s, r)
+			}
+		}
+		again, err := ParseRequests(strings.Join(words, " "))
+		if err != nil || !slices.Equal(again, reqs) {
+			t.Errorf("%v is read back as %v, %v", reqs, again, err)
+		}
+	})
 }

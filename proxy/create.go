@@ -267,32 +267,40 @@ func rewriteMode(body []byte, network string, settings docker.EndpointSettings) 
 // setField sets request[object][field]. Like the engine, it takes names in any
 // case.
 func setField(request map[string]json.RawMessage, object, field string, value any) error {
-	key := foldedKey(request, object)
-	var inner map[string]json.RawMessage
-	if raw, ok := request[key]; ok {
-		if err := json.Unmarshal(raw, &inner); err != nil {
+	set, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	for _, key := range foldedKeys(request, object) {
+		var inner map[string]json.RawMessage
+		if raw, ok := request[key]; ok {
+			if err := json.Unmarshal(raw, &inner); err != nil {
+				return err
+			}
+		}
+		if inner == nil {
+			inner = make(map[string]json.RawMessage)
+		}
+		for _, k := range foldedKeys(inner, field) {
+			inner[k] = set
+		}
+		if request[key], err = json.Marshal(inner); err != nil {
 			return err
 		}
 	}
-	if inner == nil {
-		inner = make(map[string]json.RawMessage)
-	}
-	var err error
-	if inner[foldedKey(inner, field)], err = json.Marshal(value); err != nil {
-		return err
-	}
-	request[key], err = json.Marshal(inner)
-	return err
+	return nil
 }
 
-func foldedKey(m map[string]json.RawMessage, name string) string {
-	if _, ok := m[name]; ok {
-		return name
-	}
+// foldedKeys returns the keys that mean name; name itself when there is none.
+// Of several the engine takes the last one, so all have to be set.
+func foldedKeys(m map[string]json.RawMessage, name string) (keys []string) {
 	for k := range m {
 		if strings.EqualFold(k, name) {
-			return k
+			keys = append(keys, k)
 		}
 	}
-	return name
+	if len(keys) == 0 {
+		keys = []string{name}
+	}
+	return keys
 }

@@ -1,13 +1,18 @@
 package proxy
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"testing"
+
+	"weave.local/router/attach"
 )
 
 func TestWishes(t *testing.T) {
@@ -87,6 +92,7 @@ func TestRewritingKeepsTheRest(t *testing.T) {
 func FuzzRewrite(f *testing.F) {
 	f.Add([]byte(`{"HostConfig":{"NetworkMode":"none"},"NetworkingConfig":null}`))
 	f.Add([]byte(`{"Env":["WEAVE_CIDR=net:10.1.0.0/16"],"hostconfig":{}}`))
+	f.Add([]byte(`{"HostConfig":{"Memory":1},"hostconfig":{"NetworkMode":"none"}}`)) // the engine takes the last one
 	f.Fuzz(func(t *testing.T, body []byte) {
 		w, err := parseWish(body, false)
 		if err != nil || !w.isolated || !w.attach {
@@ -193,4 +199,89 @@ func TestCreate(t *testing.T) {
 			}
 		})
 	}
+}
+
+// FuzzHostname gives a name to whatever container: it has that one then, and
+// nothing else changes.
+func FuzzHostname(f *testing.F) {
+	f.Add([]byte(`{"Image":"x"}`), "db-1")
+	f.Add([]byte(`{"Hostname":"","hostname":null,"Labels":{"name":"y"},"Memory":9007199254740993}`), "a")
+	n, err := newNamer(Hostnames{FromLabel: "name", Match: "-[0-9]+$", Replacement: ""})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, body []byte, name string) {
+		out, err := n.rewrite(body, url.Values{"name": {name}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Equal(out, body) {
+			return
+		}
+		type named struct {
+			Hostname string
+			Labels   map[string]string
+		}
+		var was, is named
+		if err := errors.Join(json.Unmarshal(body, &was), json.Unmarshal(out, &is)); err != nil {
+			t.Fatalf("%q became %q: %v", body, out, err)
+		}
+		if is.Hostname == "" || len(is.Hostname) > 3*maxHostname || was.Hostname != "" || !maps.Equal(was.Labels, is.Labels) {
+			t.Errorf("%q became %q", body, out)
+		}
+	})
+}
+
+// FuzzRewriteInspect puts addresses into whatever the engine answers.
+func FuzzRewriteInspect(f *testing.F) {
+	f.Add([]byte(`{"Id":"c","NetworkSettings":{"IPAddress":"","Networks":{"weave":{"EndpointID":"e"}}},"New":[1.50]}`))
+	f.Add([]byte(`{"NetworkSettings":{"Networks":{"weave":{"EndpointID":"e"}}},"networksettings":{"IPAddress":"x"}}`))
+	all := []attach.Attachment{{ID: "e", Kind: attach.KindEndpoint, Addrs: []netip.Prefix{netip.MustParsePrefix("10.32.0.7/12")}}}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		out, ok := rewriteInspect(body, all)
+		if !ok {
+			return
+		}
+		var is struct {
+			NetworkSettings struct {
+				IPAddress   string
+				IPPrefixLen int
+			}
+		}
+		if err := json.Unmarshal(out, &is); err != nil || is.NetworkSettings.IPAddress != "10.32.0.7" || is.NetworkSettings.IPPrefixLen != 12 {
+			t.Errorf("%q became %q: %v", body, out, err)
+		}
+	})
+}
+
+// FuzzPaths finds no container in a path that names none.
+func FuzzPaths(f *testing.F) {
+	f.Add("/v1.41/containers/abc/start")
+	f.Add("/containers//json")
+	f.Add("/v/containers/abc/restart")
+	f.Fuzz(func(t *testing.T, path string) {
+		bare := unversioned(path)
+		if !strings.HasSuffix(path, bare) || bare == "" && path != "" {
+			t.Errorf("%q without its version is %q", path, bare)
+		}
+		for _, id := range []string{startedContainer(bare), inspectedContainer(bare)} {
+			if strings.Contains(id, "/") || !strings.Contains(path, id) {
+				t.Errorf("%q is of container %q", path, id)
+			}
+		}
+	})
+}
+
+func FuzzParseAddress(f *testing.F) {
+	f.Add("unix:///run/weave/weave.sock")
+	f.Add("tcp://[::1]:12375")
+	f.Fuzz(func(t *testing.T, s string) {
+		url, err := ParseAddress(s)
+		if err != nil {
+			return
+		}
+		if again, err := ParseAddress(url); err != nil || again != url {
+			t.Errorf("%q is %q, then %q, %v", s, url, again, err)
+		}
+	})
 }

@@ -69,9 +69,12 @@ func (n *namer) rewrite(body []byte, query url.Values) ([]byte, error) {
 	if name == "" {
 		return body, nil
 	}
-	var err error
-	if request[foldedKey(request, "Hostname")], err = json.Marshal(name); err != nil {
+	set, err := json.Marshal(name)
+	if err != nil {
 		return nil, err
+	}
+	for _, k := range foldedKeys(request, "Hostname") {
+		request[k] = set
 	}
 	return json.Marshal(request)
 }

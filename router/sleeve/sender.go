@@ -307,7 +307,7 @@ func (p *packet) cut(room int) (headLen, size int) {
 	default:
 		return 0, 0
 	}
-	if headLen > 0xff || headLen >= len(p.data) || size <= 0 || (len(p.data)-headLen-1)/size*size > maxOffset {
+	if headLen > 0xff || headLen >= len(p.data) || !p.coverageWithin(headLen) || size <= 0 || (len(p.data)-headLen-1)/size*size > maxOffset {
 		return 0, 0
 	}
 	return headLen, size

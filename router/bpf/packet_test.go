@@ -43,14 +43,14 @@ func slowMAC() MAC    { return MAC{2, 0, 0, 0, 0, 3} } // at slow
 func unknownMAC() MAC { return MAC{2, 0, 0, 0, 0, 9} }
 func broadcast() MAC  { return MAC{255, 255, 255, 255, 255, 255} }
 
-func needRoot(t *testing.T) {
+func needRoot(t testing.TB) {
 	t.Helper()
 	need(t, os.Geteuid() == 0, "needs root")
 }
 
 // need skips a test that cannot work here; under TEST_STRICT=1 that is a
 // failure.
-func need(t *testing.T, met bool, what string) {
+func need(t testing.TB, met bool, what string) {
 	t.Helper()
 	if met {
 		return
@@ -63,7 +63,7 @@ func need(t *testing.T, met bool, what string) {
 
 // newNamespace puts the test into a network namespace of its own, together
 // with its thread, which ends with the test.
-func newNamespace(t *testing.T) {
+func newNamespace(t testing.TB) {
 	t.Helper()
 	runtime.LockOSThread()
 	if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
@@ -72,7 +72,7 @@ func newNamespace(t *testing.T) {
 	ip(t, "link", "set", "lo", "up")
 }
 
-func ip(t *testing.T, args ...string) {
+func ip(t testing.TB, args ...string) {
 	t.Helper()
 	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
 		t.Fatalf("ip %v: %v\n%s", args, err, out)
@@ -82,13 +82,13 @@ func ip(t *testing.T, args ...string) {
 // bench is a set of programs with tables to try them on.
 type bench struct {
 	*Objects
-	t          *testing.T
+	t          testing.TB
 	scene      *ebpf.Collection
 	vxlan, tap *net.Interface
 	before     map[string]uint64
 }
 
-func newBench(t *testing.T) *bench {
+func newBench(t testing.TB) *bench {
 	t.Helper()
 	needRoot(t)
 	newNamespace(t)
@@ -128,7 +128,7 @@ func newBench(t *testing.T) *bench {
 	return b
 }
 
-func subnets(t *testing.T, list ...string) (s Subnets) {
+func subnets(t testing.TB, list ...string) (s Subnets) {
 	t.Helper()
 	var prefixes []netip.Prefix
 	for _, p := range list {

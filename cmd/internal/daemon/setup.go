@@ -80,13 +80,13 @@ func (d *daemon) check(ctx context.Context) error {
 }
 
 func (d *daemon) openFiles(context.Context) error {
-	if err := d.makeDir(d.cfg.RunDir); err != nil {
+	if err := d.makeDir(d.cfg.RunDir, 0o755); err != nil {
 		return err
 	}
 	if err := d.lock(); err != nil {
 		return err
 	}
-	if err := d.makeDir(d.cfg.DataDir); err != nil {
+	if err := d.makeDir(d.cfg.DataDir, 0o700); err != nil {
 		return err
 	}
 	if err := d.openLog(); err != nil {
@@ -109,9 +109,9 @@ func (d *daemon) openFiles(context.Context) error {
 	return err
 }
 
-// makeDir makes a folder, notes what was made and, should the start fail,
-// removes it again.
-func (d *daemon) makeDir(path string) error {
+// makeDir makes a folder with the given mode where there is none, notes what was
+// made and, should the start fail, removes it again.
+func (d *daemon) makeDir(path string, mode os.FileMode) error {
 	var made []string
 	for p := path; p != filepath.Dir(p); p = filepath.Dir(p) {
 		if _, err := os.Stat(p); err == nil {
@@ -119,7 +119,7 @@ func (d *daemon) makeDir(path string) error {
 		}
 		made = append(made, p)
 	}
-	if err := os.MkdirAll(path, 0o755); err != nil {
+	if err := os.MkdirAll(path, mode); err != nil {
 		return fmt.Errorf("folder: %w", err)
 	}
 	d.undo.onFailure(func() {
@@ -163,7 +163,7 @@ func (d *daemon) openLog() error {
 		if err := os.Rename(path, path+".old"); errors.Is(err, os.ErrNotExist) {
 			d.undo.onFailure(func() { _ = os.Remove(path) })
 		}
-		if out, err = os.Create(path); err != nil {
+		if out, err = os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600); err != nil {
 			return fmt.Errorf("log: %w", err)
 		}
 		// A panic must leave its words where people look.
@@ -328,7 +328,7 @@ func (d *daemon) openDocker(context.Context) error {
 	if !d.cfg.Plugin {
 		return nil
 	}
-	if err := d.makeDir(filepath.Dir(d.cfg.PluginSocket)); err != nil {
+	if err := d.makeDir(filepath.Dir(d.cfg.PluginSocket), 0o755); err != nil {
 		return err
 	}
 	d.writeAbsence()

@@ -371,7 +371,7 @@ func (d *daemon) writeAbsence() {
 	if d.cfg.PluginSocket != DefaultPluginSocket {
 		return
 	}
-	err := d.makeDir(filepath.Dir(pluginSpec))
+	err := d.makeDir(filepath.Dir(pluginSpec), 0o755)
 	if err == nil {
 		if _, none := os.Stat(pluginSpec); none != nil {
 			d.undo.onFailure(func() { _ = plugin.RemoveAbsence(pluginSpec) })

@@ -14,10 +14,6 @@ const (
 	chainNAT     = "WEAVE"         // nat: whose source address is replaced
 )
 
-// dockerBridges are the bridges of networks that users make: br- and twelve
-// digits.
-const dockerBridges = "br-+"
-
 const (
 	tableFilter = "filter"
 	tableNAT    = "nat"
@@ -49,20 +45,14 @@ func ours() []chain {
 	}
 }
 
-// desired says which chains there should be.
-func desired(cfg Config, exposed []Exposure) []chain {
-	bridge := cfg.Bridge
+// desired says which chains there should be. untrusted are devices, such as
+// Docker's bridges, whose containers must not reach the network through the
+// host.
+func desired(bridge string, untrusted []string, exposed []Exposure) []chain {
 	exposed = slices.Clone(exposed)
 	slices.SortFunc(exposed, func(a, b Exposure) int { return a.Subnet.Compare(b.Subnet) })
 	forward := chain{table: tableFilter, name: chainForward, base: "FORWARD"}
-	if cfg.VXLAN != 0 {
-		// Docker would let it leave with this host's address, from which
-		// the other hosts take frames.
-		for _, dev := range append([]string{bridge, dockerBridges}, cfg.Untrusted...) {
-			forward.addf("-i %s ! -o %s -p udp -m udp --dport %d -j DROP", dev, dev, cfg.VXLAN)
-		}
-	}
-	for _, dev := range cfg.Untrusted {
+	for _, dev := range untrusted {
 		if dev != bridge {
 			forward.addf("-i %s -o %s -j DROP", dev, bridge)
 		}

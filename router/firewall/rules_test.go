@@ -54,7 +54,7 @@ nat WEAVE
   -s 10.32.0.0/16 ! -d 10.32.0.0/16 ! -o weave -j MASQUERADE
 `},
 	} {
-		if got := text(desired(Config{Bridge: "weave", Untrusted: untrusted}, c.exposed)); got != strings.TrimPrefix(c.want, "\n") {
+		if got := text(desired("weave", untrusted, c.exposed)); got != strings.TrimPrefix(c.want, "\n") {
 			t.Errorf("%s:\n%s", c.name, got)
 		}
 	}
@@ -72,13 +72,10 @@ COMMIT
 `
 
 func TestChange(t *testing.T) {
-	want := desired(Config{Bridge: "weave", VXLAN: 6784, Untrusted: []string{"docker0"}}, nil)
+	want := desired("weave", []string{"docker0"}, nil)
 	fresh := `*filter
 :WEAVE-FORWARD - [0:0]
 :WEAVE-EXPOSE - [0:0]
--A WEAVE-FORWARD -i weave ! -o weave -p udp -m udp --dport 6784 -j DROP
--A WEAVE-FORWARD -i br-+ ! -o br-+ -p udp -m udp --dport 6784 -j DROP
--A WEAVE-FORWARD -i docker0 ! -o docker0 -p udp -m udp --dport 6784 -j DROP
 -A WEAVE-FORWARD -i docker0 -o weave -j DROP
 -A WEAVE-FORWARD -i weave -o weave -j ACCEPT
 -A WEAVE-FORWARD -o weave -j WEAVE-EXPOSE

@@ -113,8 +113,8 @@ func FuzzPortIn(f *testing.F) {
 	})
 }
 
-// FuzzVXLANIn lets a neighbour and a stranger send what they like: nothing of
-// the stranger passes, and what does has a sender that was announced.
+// FuzzVXLANIn lets a neighbour and a stranger send what they like: of the
+// stranger nothing passes, whatever he says that he is.
 func FuzzVXLANIn(f *testing.F) {
 	z := newFuzzer(f)
 	fuzzedFrames(f, func(frame []byte) {
@@ -136,12 +136,8 @@ func FuzzVXLANIn(f *testing.F) {
 				}
 				return errors.Join(err, z.scene.Maps["outcomes"].Lookup(uint32(0), &o))
 			})
-			switch {
-			case o.Verdict == verdictDrop:
-			case remote != leftAddr():
+			if o.Verdict != verdictDrop && remote != leftAddr() {
 				t.Errorf("%#x for a stranger: % x", o.Verdict, frame)
-			case o.Verdict == verdictPass && !slices.Contains([]MAC{localMAC(), remoteMAC(), foreignMAC(), slowMAC()}, MAC(frame[6:12])):
-				t.Errorf("an unknown sender passes: % x", frame)
 			}
 		}
 	})

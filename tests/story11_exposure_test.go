@@ -269,8 +269,8 @@ func sum(parts ...[]byte) uint16 {
 }
 
 // testForgedFrames: VXLAN datagrams as a member would send them, from who is
-// none. plain is a container of Docker's own network. What containers send to
-// another host is not told from what their host sends, see docs/security.md.
+// none. inside and plain are containers on a member, plain one of Docker's own
+// network.
 func testForgedFrames(t *testing.T, outsider *lab.Host, plain, inside, far *container) {
 	ids := map[string]uint32{}
 	for line := range strings.Lines(weave(t, far.Host, "report", "-f", "{{range .Router.Peers}}{{.NickName}} {{.ShortID}}\n{{end}}")) {
@@ -322,9 +322,11 @@ func testForgedFrames(t *testing.T, outsider *lab.Host, plain, inside, far *cont
 		from *container
 		to   *lab.Host
 	}{
-		"another host":                {&container{Host: outsider}, far.Host},
-		"a container of its own host": {far, far.Host},
-		"a container of Docker's own": {plain, plain.Host},
+		"another host":                               {&container{Host: outsider}, far.Host},
+		"a container of its own host":                {far, far.Host},
+		"a container of Docker's own":                {plain, plain.Host},
+		"a container of another member":              {inside, far.Host},
+		"a container of a network of Docker's there": {plain, far.Host},
 	} {
 		for i, src := range []string{inside.Host.Name, far.Host.Name} {
 			if arrives(c.from, c.to, src, byte(2+i)) {

@@ -1,6 +1,7 @@
 package fastdp
 
 import (
+	"slices"
 	"time"
 
 	"weave.local/router/bpf"
@@ -84,10 +85,7 @@ func (x *exam) over(now time.Time) bool { return x.sent == examRounds && now.Sub
 // verdict says what devices do not do, "" when they do all; told is false when
 // the exam tells nothing, since the complete frames did not arrive either.
 func (x *exam) verdict() (fault string, told bool) {
-	cut := true
-	for _, arrived := range x.cut {
-		cut = cut && arrived
-	}
+	cut := !slices.Contains(x.cut[:], false)
 	switch {
 	case x.arrived[withoutSum] > 0 && cut:
 		return "", true

@@ -1,7 +1,9 @@
 package fastdp
 
 import (
+	"errors"
 	"maps"
+	"net/netip"
 	"slices"
 
 	"weave.local/peer"
@@ -27,34 +29,25 @@ func (d *DataPath) Adopted() bool {
 // inherit reads what is in the tables. The direct ways are not taken over:
 // nobody who would know of a change is there to watch them.
 func (d *DataPath) inherit() error {
-	var in inherited
-	var err error
-	if in.neighbours, err = d.objs.Neighbours.All(); err != nil {
-		return err
-	}
+	in := inherited{tables: tables{endpoints: maps.Clone(d.remote), addresses: maps.Clone(d.holders)}}
+	var errs [4]error
+	in.neighbours, errs[0] = d.objs.Neighbours.All()
+	in.hops, errs[1] = d.objs.Hops.All()
+	in.trees, errs[2] = d.objs.Trees.All()
+	in.foreign, errs[3] = d.objs.Foreign.All()
 	for a, n := range in.neighbours {
 		n.Uplink = 0
 		in.neighbours[a] = n
 	}
-	if in.hops, err = d.objs.Hops.All(); err != nil {
-		return err
-	}
 	maps.DeleteFunc(in.hops, func(_ uint16, h bpf.Hop) bool { return h.Kind != bpf.KindVXLAN })
 	for id, h := range in.hops {
-		h.Uplink, h.Gateway = 0, bpf.Hop{}.Gateway
+		h.Uplink, h.Gateway = 0, netip.Addr{}
 		in.hops[id] = h
-	}
-	if in.trees, err = d.objs.Trees.All(); err != nil {
-		return err
 	}
 	own := in.trees[d.config.Self]
 	in.floods = slices.Clone(own.Children[:own.N])
-	if in.foreign, err = d.objs.Foreign.All(); err != nil {
-		return err
-	}
-	in.endpoints, in.addresses = maps.Clone(d.remote), maps.Clone(d.holders)
 	d.inherited = in
-	return nil
+	return errors.Join(errs[:]...)
 }
 
 // met drops what is about one of the peers that f names.

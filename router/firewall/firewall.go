@@ -39,8 +39,11 @@ const lockWait = "5"
 // Config is what a Firewall is made of.
 type Config struct {
 	Bridge string
-	// Untrusted names devices that forward nothing into the bridge. They
-	// need not exist. Nil: docker0 and docker_gwbridge, through which any
+	// VXLAN is the UDP port of the network's frames, which no container may
+	// send through the host; 0: there is none.
+	VXLAN uint16
+	// Untrusted names devices, such as Docker's bridges, that forward nothing
+	// into the bridge, nor any frames of ours. They need not exist. Nil: docker0 and docker_gwbridge, through which any
 	// container, also one of another subnet, would get in otherwise.
 	Untrusted []string
 	Log       *slog.Logger
@@ -146,7 +149,7 @@ func (f *Firewall) converge(ctx context.Context) (changed bool, err error) {
 	f.mu.Unlock()
 	var want []chain
 	if active {
-		want = desired(f.cfg.Bridge, f.cfg.Untrusted, exposed)
+		want = desired(f.cfg, exposed)
 	}
 	for _, table := range []string{tableFilter, tableNAT} {
 		now, err := f.read(ctx, table, want)

@@ -16,7 +16,7 @@ func TestMain(m *testing.M) { netdevtest.Main(m) }
 func newFirewall(t *testing.T) *Firewall {
 	t.Helper()
 	netdevtest.Need(t)
-	f, err := New(Config{Bridge: "weave", Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
+	f, err := New(Config{Bridge: "weave", VXLAN: 6784, Log: slog.New(slog.NewTextHandler(t.Output(), nil))})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func TestExposeAndHideLeaveNoTrace(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := rules(t)
-	for _, c := range desired("weave", f.cfg.Untrusted, exposed) {
+	for _, c := range desired(f.cfg, exposed) {
 		for _, r := range c.rules {
 			if !strings.Contains(got, "-A "+c.name+" "+r+"\n") {
 				t.Errorf("missing: %s %s", c.name, r)
@@ -129,6 +129,7 @@ func TestFlushedRulesComeBack(t *testing.T) {
 // not be mistaken for somebody who changes the rules.
 func TestOtherSpelling(t *testing.T) {
 	f := newFirewall(t)
+	f.cfg.VXLAN = 0
 	f.cfg.Untrusted = []string{"docker0 -m comment --comment x"} // iptables-save puts the comment behind -o
 	if err := f.SetExposed(t.Context(), nil); err != nil {
 		t.Fatal(err)
@@ -147,7 +148,7 @@ func TestOtherSpelling(t *testing.T) {
 
 func TestNoIPTables(t *testing.T) {
 	t.Setenv("PATH", t.TempDir())
-	f, err := New(Config{Bridge: "weave", Log: slog.New(slog.DiscardHandler)})
+	f, err := New(Config{Bridge: "weave", VXLAN: 6784, Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,8 +11,17 @@ import (
 const (
 	chainForward = "WEAVE-FORWARD" // filter: what may cross the bridge
 	chainExpose  = "WEAVE-EXPOSE"  // filter: what may enter it from outside
+	chainGuard   = "WEAVE-GUARD"   // filter: what containers may not send to other hosts
 	chainNAT     = "WEAVE"         // nat: whose source address is replaced
 )
+
+// dockerUser is the chain that Docker keeps before all of its own, for rules
+// like ours. It is there when Docker is.
+const dockerUser = "DOCKER-USER"
+
+// dockerBridges are the bridges of networks that users make: br- and twelve
+// digits.
+const dockerBridges = "br-+"
 
 const (
 	tableFilter = "filter"
@@ -31,7 +40,7 @@ type Exposure struct {
 // iptables-save prints them, so that the two can be compared.
 type chain struct {
 	table, name string
-	base        string // built-in chain that starts with a jump to it, "" for none
+	base        string // chain that starts with a jump to it, "" for none
 	rules       []string
 }
 
@@ -41,18 +50,18 @@ func ours() []chain {
 	return []chain{
 		{table: tableFilter, name: chainForward, base: "FORWARD"},
 		{table: tableFilter, name: chainExpose},
+		{table: tableFilter, name: chainGuard, base: dockerUser},
 		{table: tableNAT, name: chainNAT, base: "POSTROUTING"},
 	}
 }
 
-// desired says which chains there should be. untrusted are devices, such as
-// Docker's bridges, whose containers must not reach the network through the
-// host.
-func desired(bridge string, untrusted []string, exposed []Exposure) []chain {
+// desired says which chains there should be.
+func desired(cfg Config, exposed []Exposure) []chain {
+	bridge := cfg.Bridge
 	exposed = slices.Clone(exposed)
 	slices.SortFunc(exposed, func(a, b Exposure) int { return a.Subnet.Compare(b.Subnet) })
 	forward := chain{table: tableFilter, name: chainForward, base: "FORWARD"}
-	for _, dev := range untrusted {
+	for _, dev := range cfg.Untrusted {
 		if dev != bridge {
 			forward.addf("-i %s -o %s -j DROP", dev, bridge)
 		}
@@ -68,6 +77,16 @@ func desired(bridge string, untrusted []string, exposed []Exposure) []chain {
 		forward.addf("-s %s -i %s ! -o %s -j ACCEPT", e.Subnet, bridge, bridge)
 	}
 	chains := []chain{forward}
+	if cfg.VXLAN != 0 {
+		// Docker would let it leave with this host's address, from which
+		// the other hosts take frames, and accepts it before our chain of
+		// FORWARD is asked.
+		guard := chain{table: tableFilter, name: chainGuard, base: dockerUser}
+		for _, dev := range append([]string{bridge, dockerBridges}, cfg.Untrusted...) {
+			guard.addf("-i %s ! -o %s -p udp -m udp --dport %d -j DROP", dev, dev, cfg.VXLAN)
+		}
+		chains = append(chains, guard)
+	}
 	expose := chain{table: tableFilter, name: chainExpose}
 	nat := chain{table: tableNAT, name: chainNAT, base: "POSTROUTING"}
 	for _, e := range exposed {
@@ -138,6 +157,9 @@ func change(table string, now tableState, want []chain) string {
 		}
 		// Whoever else puts a rule on top may stay there: moving ours
 		// back each time would be a quarrel without end.
+		if _, docker := now[dockerUser]; c.base == dockerUser && !docker {
+			continue
+		}
 		if c.base != "" && !slices.Contains(now[c.base], jump(c)) {
 			fmt.Fprintf(&b, "-I %s 1 %s\n", c.base, jump(c))
 		}

@@ -54,7 +54,7 @@ nat WEAVE
   -s 10.32.0.0/16 ! -d 10.32.0.0/16 ! -o weave -j MASQUERADE
 `},
 	} {
-		if got := text(desired("weave", untrusted, c.exposed)); got != strings.TrimPrefix(c.want, "\n") {
+		if got := text(desired(Config{Bridge: "weave", Untrusted: untrusted}, c.exposed)); got != strings.TrimPrefix(c.want, "\n") {
 			t.Errorf("%s:\n%s", c.name, got)
 		}
 	}
@@ -72,14 +72,18 @@ COMMIT
 `
 
 func TestChange(t *testing.T) {
-	want := desired("weave", []string{"docker0"}, nil)
+	want := desired(Config{Bridge: "weave", VXLAN: 6784, Untrusted: []string{"docker0"}}, nil)
 	fresh := `*filter
 :WEAVE-FORWARD - [0:0]
+:WEAVE-GUARD - [0:0]
 :WEAVE-EXPOSE - [0:0]
 -A WEAVE-FORWARD -i docker0 -o weave -j DROP
 -A WEAVE-FORWARD -i weave -o weave -j ACCEPT
 -A WEAVE-FORWARD -o weave -j WEAVE-EXPOSE
 -I FORWARD 1 -j WEAVE-FORWARD
+-A WEAVE-GUARD -i weave ! -o weave -p udp -m udp --dport 6784 -j DROP
+-A WEAVE-GUARD -i br-+ ! -o br-+ -p udp -m udp --dport 6784 -j DROP
+-A WEAVE-GUARD -i docker0 ! -o docker0 -p udp -m udp --dport 6784 -j DROP
 COMMIT
 `
 	now := parseTable(saved)
@@ -91,7 +95,7 @@ COMMIT
 	}
 
 	now["FORWARD"] = append(now["FORWARD"], "-j WEAVE-FORWARD") // others went on top: so be it
-	now[chainForward], now[chainExpose] = slices.Clone(want[0].rules), nil
+	now[chainForward], now[chainGuard], now[chainExpose] = slices.Clone(want[0].rules), slices.Clone(want[1].rules), nil
 	if got := change(tableFilter, now, want); got != "" {
 		t.Errorf("nothing to do, but:\n%s", got)
 	}
@@ -101,7 +105,14 @@ COMMIT
 		t.Errorf("a rule is missing:\n%s", got)
 	}
 
-	gone := "*filter\n-D FORWARD -j WEAVE-FORWARD\n-F WEAVE-FORWARD\n-X WEAVE-FORWARD\n-F WEAVE-EXPOSE\n-X WEAVE-EXPOSE\nCOMMIT\n"
+	now[dockerUser] = []string{"-j RETURN"} // Docker has come
+	if got, jump := change(tableFilter, now, want), "-I DOCKER-USER 1 -j WEAVE-GUARD\n"; !strings.Contains(got, jump) {
+		t.Errorf("Docker is there:\n%s", got)
+	}
+	now[dockerUser] = []string{"-j WEAVE-GUARD", "-j RETURN"}
+
+	gone := "*filter\n-D FORWARD -j WEAVE-FORWARD\n-F WEAVE-FORWARD\n-X WEAVE-FORWARD\n-F WEAVE-EXPOSE\n-X WEAVE-EXPOSE\n" +
+		"-D DOCKER-USER -j WEAVE-GUARD\n-F WEAVE-GUARD\n-X WEAVE-GUARD\nCOMMIT\n"
 	if got := change(tableFilter, now, nil); got != gone {
 		t.Errorf("removal:\n%s", got)
 	}

@@ -295,7 +295,7 @@ func (d *daemon) openPaths(context.Context) error {
 // openRouting makes what joins containers and host.
 func (d *daemon) openRouting(context.Context) error {
 	var err error
-	d.firewall, err = firewall.New(firewall.Config{Bridge: bridgeName, Log: d.log.With("part", "firewall")})
+	d.firewall, err = firewall.New(firewall.Config{Bridge: bridgeName, VXLAN: uint16(d.cfg.Port + 1), Log: d.log.With("part", "firewall")})
 	if err != nil {
 		return err
 	}

@@ -43,7 +43,7 @@ func (a *Allocator) Allocate(ctx context.Context, owner string, subnet netip.Pre
 			}
 		}
 		addr, ok := a.space.Lowest(subnet)
-		return netip.PrefixFrom(addr, subnet.Bits()), ok, nil
+		return netip.PrefixFrom(addr, subnet.Bits()), ok && !a.overLocked(), nil
 	}, &got)
 	return got, err
 }
@@ -88,7 +88,7 @@ func (a *Allocator) Claim(ctx context.Context, owner string, addr netip.Prefix) 
 			}
 			return netip.Prefix{}, false, fmt.Errorf("%s is %w by %s on this host", ip, ErrHeld, describe(r.owner))
 		}
-		return addr, !a.cfg.Range.Contains(ip) || a.space.Owns(ip), nil
+		return addr, !a.cfg.Range.Contains(ip) || a.space.Owns(ip) && !a.overLocked(), nil
 	}, &got)
 }
 
@@ -154,6 +154,7 @@ func (a *Allocator) takeAndUnlock(owner string, prefix netip.Prefix) error {
 	r := &record{owner: owner, prefix: prefix, busy: true}
 	a.records[addr] = r
 	a.space.Use(addr)
+	a.disputed = a.disputed || a.cfg.Range.Contains(addr) && !a.space.Owns(addr)
 	value := r.encode()
 	a.mu.Unlock()
 	err := a.cfg.Store.Put(ownKey(addr), value)
@@ -245,6 +246,9 @@ func (a *Allocator) dropAndUnlock(r *record) error {
 	if err == nil {
 		delete(a.records, addr)
 		a.space.Release(addr)
+		if a.disputed {
+			a.disputeLocked()
+		}
 	}
 	a.changedLocked()
 	a.mu.Unlock()

@@ -12,7 +12,8 @@ import (
 
 // TestChaos lets five peers allocate, claim, free, donate, crash at any write
 // or message, restart, leave the network one way or both ways, with a fifth of
-// the messages lost and a fifth doubled or late, and holds them to the
+// the messages lost and a fifth doubled or late, with leases of several lengths
+// and without, and holds them to the
 // invariants of world.check all the while. When the storm is over everybody
 // gets an address again.
 func TestChaos(t *testing.T) {
@@ -22,7 +23,7 @@ func TestChaos(t *testing.T) {
 	}
 	for seed := range runs {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			run(t, seed, func(t *testing.T, w *world) { storm(t, w, 400) })
+			run(t, seed, func(t *testing.T, w *world) { storm(t, w, 400, time.Duration(seed%3)*3*time.Second) })
 		})
 	}
 }
@@ -46,10 +47,11 @@ func (c *tally) run(what string, call func() error) {
 	})
 }
 
-func storm(t *testing.T, w *world, steps int) {
+func storm(t *testing.T, w *world, steps int, lease time.Duration) {
 	w.loss = 0.2
 	for _, h := range w.add(5, consensus(5)) {
 		h.cfg.Range = netip.MustParsePrefix("10.32.0.0/23") // small: donations are common
+		h.cfg.Lease = lease
 		h.start()
 	}
 	count := &tally{counts: map[string]int{}}

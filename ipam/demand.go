@@ -62,6 +62,9 @@ func (a *Allocator) plan(now time.Time, peers []peer.Name) bool {
 	if leaving && !member {
 		wanted = a.tellAll(now) || wanted
 	}
+	if op, ok := a.lease.Demand(a.cfg.Uptime(), st); ok && !leaving {
+		ops = append([]register.Op{op}, ops...)
+	}
 	pool := st.Pool()
 	for key := range a.searches {
 		if !slices.Contains(needs, key) {
@@ -244,6 +247,7 @@ func (a *Allocator) giveUp(now time.Time, key netip.Prefix, s *search, st *regis
 	case len(lost) == 0:
 		a.fail(key, fmt.Errorf("%w in %s: %s", ErrExhausted, key, a.shares(st, key)))
 	case key.IsSingleIP() && now.Sub(s.since) > claimWait:
+		a.lose(key.Addr(), lost[0])
 		a.fail(key, fmt.Errorf("%s belongs to %s, which is not reachable; if it is off for good, run weave rmpeer %[2]s", key.Addr(), a.nick(lost[0])))
 		s.next = now.Add(roundWait)
 	default:

@@ -107,6 +107,7 @@ func (a *Allocator) answered(now time.Time, from peer.Name, n answer) {
 func (a *Allocator) taken(now time.Time, key netip.Prefix, s *search, from peer.Name, by string) {
 	there := a.nick(from)
 	a.fail(key, fmt.Errorf("%s is %w by %s on %s", key.Addr(), ErrHeld, by, there))
+	a.lose(key.Addr(), from)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if r := a.records[key.Addr()]; r != nil {
@@ -233,6 +234,7 @@ func (a *Allocator) goOver(now time.Time, from peer.Name, s *register.State) {
 		return
 	}
 	a.cfg.Log.Info("address space: joining the cluster of another peer; nothing was in use here", "peer", from, "cluster", s.Cluster)
+	a.lease.Set(0)
 	clear(a.strange)
 	a.collect(a.node.Adopt(now, s))
 }

@@ -37,6 +37,7 @@ type world struct {
 	epochs  map[string]uint64         // cluster and peer: highest epoch seen
 	chosen  map[string]string         // cluster, term, version: what it was
 	stopped bool
+	began   time.Time
 }
 
 // host is one peer over its crashes.
@@ -55,6 +56,27 @@ type host struct {
 	sent  int                   // messages
 	last  map[netip.Addr]string // what the file held when it went down
 	owned *space.Set            // and what it could hand out
+	fence time.Duration         // since boot, as the data path has it
+	boot  int
+}
+
+// epoch is when the machines of all hosts started.
+func (w *world) uptime() time.Duration { return time.Since(w.began) + time.Hour }
+
+// isCut says whether the containers of a host are cut off from others.
+func (h *host) isCut() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.fence != 0 && h.w.uptime() >= h.fence
+}
+
+// reboot starts the machine anew, with the containers it had.
+func (h *host) reboot() *host {
+	h.mu.Lock()
+	h.boot++
+	h.fence = 0
+	h.mu.Unlock()
+	return h.start()
 }
 
 const testRange = "10.32.0.0/16"
@@ -63,7 +85,7 @@ func newWorld(t *testing.T, dir string, seed uint64) *world {
 	ctx, cancel := context.WithCancel(t.Context())
 	return &world{
 		t: t, ctx: ctx, cancel: cancel, dir: dir, rand: rand.New(rand.NewPCG(seed, 1)), delay: 5 * time.Millisecond,
-		epochs: map[string]uint64{}, chosen: map[string]string{},
+		epochs: map[string]uint64{}, chosen: map[string]string{}, began: time.Now(),
 	}
 }
 
@@ -110,7 +132,18 @@ func (w *world) add(n int, init Bootstrap) []*host {
 			},
 			Nick:    func(n peer.Name) string { return fmt.Sprintf("host%d", n) },
 			Changed: h.gossip,
-			Log:     slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
+			Uptime:  w.uptime,
+			Fence: func(until time.Duration) error {
+				h.mu.Lock()
+				defer h.mu.Unlock()
+				h.fence = until
+				return nil
+			},
+			Lost: func(owner string, addr netip.Prefix) {
+				a := h.up()
+				go func() { _ = a.Free(owner, addr.Addr()) }()
+			},
+			Log: slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
 		}
 		w.mu.Lock()
 		w.peers = append(w.peers, h)
@@ -127,8 +160,11 @@ func (h *host) start() *host {
 		t.Fatal(err)
 	}
 	cfg := h.cfg
-	cfg.Store = db.Bucket("ipam")
+	cfg.Store, cfg.Boot = db.Bucket("ipam"), fmt.Sprint("boot ", h.boot)
 	a, err := New(cfg)
+	if err == nil {
+		err = a.FenceNow()
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -329,6 +365,9 @@ func (w *world) check() {
 			st := a.state
 			a.mu.Unlock()
 			w.checkState(st)
+		}
+		if h.isCut() {
+			held, owned = nil, nil
 		}
 		for addr := range held {
 			if other, twice := holder[addr]; twice {

@@ -29,7 +29,8 @@
 // Keys of the bucket: "store" format=1 and eight octets that name this store;
 // "register" and "acceptor" as in package register; "own/<address>" format=1,
 // u8 bits of the subnet, owner; "give/<first>-<last>" format=1, name of the
-// peer it goes to. A record that cannot be read is moved to "corrupt/<key>".
+// peer it goes to; "lease" format=1, eight octets of nanoseconds since boot, and
+// the id of that boot. A record that cannot be read is moved to "corrupt/<key>".
 package ipam
 
 import (
@@ -79,7 +80,24 @@ type Config struct {
 	Reachable func() []peer.Name     // live peers without self
 	Nick      func(peer.Name) string // for people; nil or "": the name
 	Changed   func()                 // the register changed; may be nil
-	Log       *slog.Logger
+
+	// Lease is how long this peer may go without a majority of keepers before
+	// it hands out nothing more and its containers are cut off; a little later
+	// the others take its addresses over. 0: for ever, and only a person's word
+	// takes them from it. A cluster of one or two has no leases.
+	Lease time.Duration
+	// Fence has the containers of this host cut off from the others from until
+	// on, a time since boot on the clock that counts sleep (CLOCK_BOOTTIME); 0:
+	// never. The cut must come even if this program is dead by then. May be nil.
+	Fence func(until time.Duration) error
+	// Lost says that an address in use here is another peer's: the owner is to
+	// lose it, and Free is to be called then. It must not wait. May be nil.
+	Lost func(owner string, addr netip.Prefix)
+	// Uptime and Boot are CLOCK_BOOTTIME and what tells this boot from others;
+	// nil and "": those of this machine.
+	Uptime func() time.Duration
+	Boot   string
+	Log    *slog.Logger
 }
 
 // Errors that callers branch on.
@@ -107,17 +125,21 @@ type Allocator struct {
 	kick  chan struct{} // capacity 1: look at what is wanted
 
 	// Owned by Run's goroutine.
-	node     *register.Node
-	rand     *rand.Rand
-	pending  register.Effects
-	writes   map[string][]byte
-	out      []envelope
-	searches map[netip.Prefix]*search
-	served   map[peer.Name]answer // the last answer to each asker
-	strange  map[peer.Name]*stranger
-	lastID   uint64
-	retry    time.Time // of a write that went wrong
-	tellNext time.Time // when to tell again that we left
+	node       *register.Node
+	rand       *rand.Rand
+	pending    register.Effects
+	writes     map[string][]byte
+	out        []envelope
+	searches   map[netip.Prefix]*search
+	served     map[peer.Name]answer // the last answer to each asker
+	strange    map[peer.Name]*stranger
+	lastID     uint64
+	lease      register.Lease
+	leaseKept  time.Duration // its end on disk
+	fenced     time.Duration // what Fence was told last,
+	fencedOnce bool          // if it was
+	retry      time.Time     // of a write that went wrong
+	tellNext   time.Time     // when to tell again that we left
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed and replaced with every change of what follows
@@ -128,6 +150,9 @@ type Allocator struct {
 	space    space.Space
 	records  map[netip.Addr]*record
 	giving   map[space.Range]peer.Name // ours in the register still, but given away
+	leaseEnd time.Duration             // end of the lease since boot; 0: there is none
+	disputed bool                      // an address in use here is not ours
+	losses   []string                  // sentences about addresses that were lost, the newest last
 	waiters  map[*waiter]bool
 	removing map[peer.Name]bool // peers that are off for good, on a person's word
 	tell     map[peer.Name]bool // peers that are to know we left; true: they do
@@ -187,6 +212,15 @@ func check(cfg *Config) error {
 	}
 	if _, ok := space.Hosts(cfg.DefaultSubnet); !ok || cfg.DefaultSubnet != cfg.DefaultSubnet.Masked() {
 		return fmt.Errorf("default subnet %v: want a network of at least four addresses without host bits", cfg.DefaultSubnet)
+	}
+	if cfg.Lease < 0 || cfg.Lease > register.MaxLease {
+		return fmt.Errorf("lease of addresses %v: want 0, for none, to %v", cfg.Lease, register.MaxLease)
+	}
+	if cfg.Uptime == nil {
+		cfg.Uptime = bootTime
+	}
+	if cfg.Boot == "" {
+		cfg.Boot = bootID()
 	}
 	if cfg.Init.Mode == Seed && len(cfg.Init.Seeds) == 0 {
 		return errors.New("seed list is empty; name at least one peer")

@@ -85,13 +85,14 @@ func (a *Allocator) turn() time.Time {
 	slices.Sort(peers)
 	a.node.SetPeers(peers)
 	a.collect(a.node.Tick(now))
+	a.keepLease(now)
 	again := now.Add(time.Hour)
 	for pass := 0; ; pass++ {
 		if !a.flush(now) {
 			return a.retry
 		}
 		wanted := a.plan(now, peers)
-		if !a.pending.Dirty && len(a.writes) == 0 && len(a.out) == 0 {
+		if !a.pending.Dirty && len(a.writes) == 0 && len(a.out) == 0 && a.lease.Until() == a.leaseEnd {
 			if wanted {
 				again = now.Add(poll)
 			}
@@ -103,6 +104,9 @@ func (a *Allocator) turn() time.Time {
 		}
 	}
 	if at := a.node.Next(); !at.IsZero() && at.Before(again) {
+		again = at
+	}
+	if at := now.Add(a.nextLease()); at.Before(again) {
 		again = at
 	}
 	for _, s := range a.searches {
@@ -131,6 +135,9 @@ func (a *Allocator) collect(e register.Effects) {
 	for _, f := range e.Foreign {
 		a.foreign(f)
 	}
+	for _, n := range e.Answers {
+		a.lease.Answered(n, a.node.State())
+	}
 }
 
 // post puts a message among those that go out with the next flush.
@@ -156,6 +163,11 @@ func (a *Allocator) flush(now time.Time) bool {
 	}
 	clear(a.writes)
 	a.publish()
+	if err := a.fence(); err != nil {
+		a.cfg.Log.Error("address allocator stands still: the end of its lease cannot be told to the data path", "err", err)
+		a.out, a.retry = nil, now.Add(writeRetry)
+		return false
+	}
 	for _, env := range a.out {
 		if err := a.cfg.Send(env.to, env.payload); err != nil {
 			a.cfg.Log.Debug("message of the address allocator not sent", "peer", env.to, "err", err)

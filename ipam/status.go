@@ -22,7 +22,7 @@ type Status struct {
 	// State is one of: idle; priming; awaiting consensus (quorum: Q, known: K);
 	// ready; waiting for IP(s) to become available; all IP ranges owned by
 	// unreachable peers - use 'rmpeer' if they are dead; waiting for keepers
-	// ...; left; or what is wrong with the state file.
+	// ...; lease over ...; cut off ...; left; or what is wrong with the state file.
 	State         string
 	Range         netip.Prefix
 	RangeSize     uint64
@@ -38,6 +38,10 @@ type Status struct {
 	Claims        []Pending
 	Allocates     []Pending
 	Conflicts     []string // sentences; empty when all is well
+	// Lease is how long this peer may go without a majority of keepers, and
+	// LeaseLeft how long it may from now on, below 0 when that is over. 0: for
+	// ever.
+	Lease, LeaseLeft time.Duration
 }
 
 // PeerShare is what one peer holds of the range.
@@ -87,6 +91,10 @@ func (a *Allocator) Status() Status {
 		} else {
 			out.Allocates = append(out.Allocates, Pending{w.owner, w.shown})
 		}
+	}
+	out.Conflicts = append(out.Conflicts, a.losses...)
+	if a.leaseEnd != 0 && st != nil {
+		out.Lease, out.LeaseLeft = a.lease.Length(st), a.leaseEnd-a.cfg.Uptime()
 	}
 	for name, c := range a.conflict {
 		if time.Since(c.at) > conflictShown {
@@ -148,12 +156,14 @@ type view struct {
 	founding        founding
 	member, leaving bool
 	waiting         bool
+	over, disputed  bool
 	lastWord        string
 	reach           []peer.Name
 }
 
 func (a *Allocator) viewLocked() view {
-	return view{a.state, a.founding, a.member, a.leaving, len(a.waiters) > 0, a.lastWord, a.reach}
+	return view{a.state, a.founding, a.member, a.leaving, len(a.waiters) > 0,
+		a.overLocked(), a.leaseEnd != 0 && a.disputed, a.lastWord, a.reach}
 }
 
 // words is the one line that says how things stand.
@@ -173,6 +183,14 @@ func (a *Allocator) words(v view, up []peer.Name) string {
 	case len(st.Grants) > 0 && !slices.ContainsFunc(st.Grants, func(g register.Grant) bool { return slices.Contains(up, g.Owner) }) &&
 		st.Pool().Empty():
 		return "all IP ranges owned by unreachable peers - use 'rmpeer' if they are dead"
+	case v.over:
+		text := "lease over: nothing is handed out and containers here are cut off from other hosts"
+		if why := a.missing(st, up); why != "" {
+			text += "; " + why
+		}
+		return text
+	case v.disputed:
+		return "cut off from other hosts until it is settled whose the addresses in use here are"
 	case !v.member || v.waiting:
 		if why := a.missing(st, up); why != "" {
 			return why

@@ -22,6 +22,7 @@ const (
 	keyAcceptor = "acceptor"
 	keyOwn      = "own/"
 	keyGive     = "give/"
+	keyLease    = "lease"
 	keyCorrupt  = "corrupt/"
 )
 
@@ -35,6 +36,7 @@ type record struct {
 	// busy is true while the record is being written or removed; nobody may
 	// rely on it then.
 	busy bool
+	lost bool // Config.Lost was called
 }
 
 func ownKey(a netip.Addr) string { return keyOwn + a.String() }
@@ -111,6 +113,7 @@ func (a *Allocator) load() error {
 		}
 	}
 	a.node = node
+	a.loadLease(all[keyLease], st)
 	if err := a.cfg.Store.Update(fix); err != nil {
 		return err
 	}
@@ -251,6 +254,7 @@ func (a *Allocator) ownLocked() {
 		own = &space.Set{}
 	}
 	a.space.SetOwned(own)
+	a.disputeLocked()
 }
 
 // sortedGiving are the keys of m in a fixed order.
@@ -275,6 +279,7 @@ func (a *Allocator) save() error {
 		}
 		a.writes[keyAcceptor] = a.node.Acceptor()
 	}
+	a.saveLease()
 	if len(a.writes) == 0 {
 		return nil
 	}

@@ -30,6 +30,7 @@ func (*table) MTU(peer.ShortID) int                  { return 0 }
 func (*table) Probe(peer.ShortID, uint64, int) error { return nil }
 func (*table) SetPort(overlay.Port) error            { return nil }
 func (*table) RemovePort(int) error                  { return nil }
+func (*table) SetLease(time.Duration) error          { return nil }
 func (*table) Counters() (map[string]uint64, error)  { return nil, nil }
 func (*table) Run(ctx context.Context) error         { <-ctx.Done(); return nil }
 

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -43,7 +44,10 @@ type Config struct {
 	// MTU is that of the devices here, in bytes: larger packets are neither
 	// sent nor taken, as the bridge would lose them. 0: there is no limit.
 	MTU int
-	Log *slog.Logger
+	// Granted says, at the time it is called, which addresses a peer may have;
+	// endpoints are taken without the others. Nil: all.
+	Granted func() func(peer.Name, netip.Addr) bool
+	Log     *slog.Logger
 }
 
 // Router chooses paths. Its methods may be called from several goroutines.
@@ -68,6 +72,7 @@ type Router struct {
 	plan       *plan
 	memory     memory
 	badEntries map[string]bool // endpoint entries already complained about
+	refused    map[string]bool // announced addresses that are another's, in words
 }
 
 type neighbour struct {
@@ -212,6 +217,18 @@ func (r *Router) Publish() {
 	r.mu.Unlock()
 	r.cfg.Table.Load(entries)
 }
+
+// SetLease cuts the containers here off from other peers from until on; see
+// overlay.Switch.
+func (r *Router) SetLease(until time.Duration) error {
+	if err := r.sw.SetLease(until); err != nil {
+		return fmt.Errorf("lease: %w", err)
+	}
+	return nil
+}
+
+// Recheck looks anew at which addresses other peers may have.
+func (r *Router) Recheck() { r.nudge() }
 
 // Forget drops what is remembered of a peer that was removed for good. If an
 // earlier run knew it, only its short id is left, and which that is nobody
@@ -432,6 +449,11 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 		ep  overlay.Endpoint
 	}
 	best := make(map[overlay.MAC]claim, len(entries))
+	granted := func(peer.Name, netip.Addr) bool { return true }
+	if r.cfg.Granted != nil {
+		granted = r.cfg.Granted()
+	}
+	refused := map[string]bool{}
 	for _, p := range r.local {
 		if p.seq > best[p.MAC].seq {
 			best[p.MAC] = claim{seq: p.seq}
@@ -449,10 +471,23 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 		if ep.Peer = r.plan.routes[e.Origin].info.ShortID; ep.Peer == 0 {
 			continue
 		}
+		if had := len(ep.Addrs); had > 0 {
+			ep.Addrs = slices.DeleteFunc(ep.Addrs, func(a netip.Prefix) bool {
+				no := !granted(e.Origin, a.Addr())
+				if no {
+					refused[fmt.Sprintf("%s of peer %s", a.Addr(), e.Origin)] = true
+				}
+				return no
+			})
+			if len(ep.Addrs) == 0 {
+				continue
+			}
+		}
 		if c, ok := best[ep.MAC]; !ok || seq > c.seq {
 			best[ep.MAC] = claim{seq: seq, ep: ep}
 		}
 	}
+	r.refuseLocked(refused)
 	out := make([]overlay.Endpoint, 0, len(best))
 	for _, c := range best {
 		if c.ep.Peer != 0 {
@@ -460,6 +495,17 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 		}
 	}
 	return out
+}
+
+// refuseLocked takes note of the announced addresses that are another peer's,
+// and logs those that are new.
+func (r *Router) refuseLocked(now map[string]bool) {
+	for a := range now {
+		if !r.refused[a] {
+			r.cfg.Log.Warn("address announced that another peer has been granted; it is not used", "address", a)
+		}
+	}
+	r.refused = now
 }
 
 // complainLocked logs a bad entry once; it disturbs nothing else.

@@ -5,6 +5,7 @@ import (
 	"math/bits"
 	"net/netip"
 	"slices"
+	"time"
 
 	"weave.local/ipam/space"
 	"weave.local/peer"
@@ -29,19 +30,23 @@ const (
 	// OpLeave removes the sender; its grants go to the pool. The last member
 	// cannot leave.
 	OpLeave
+	// OpRenew begins a new epoch of the sender, with Lease; what it was granted
+	// stays its own.
+	OpRenew
 )
 
 // Op is one operation.
 type Op struct {
 	Kind   OpKind
-	Subnet netip.Prefix // OpGrant
-	Peers  uint64       // OpGrant: how many peers the sender knows
-	Range  space.Range  // OpBlock, OpRelease
-	To     peer.Name    // OpRelease, OpRemove
+	Subnet netip.Prefix  // OpGrant
+	Peers  uint64        // OpGrant: how many peers the sender knows
+	Range  space.Range   // OpBlock, OpRelease
+	To     peer.Name     // OpRelease, OpRemove
+	Lease  time.Duration // OpRenew
 }
 
 // Request is what a member asks for at once. With Epoch 0 the sender asks to
-// be a member; only OpGrant and OpBlock may go with it. Off are peers that,
+// be a member; only OpGrant, OpBlock and OpRenew may go with it. Off are peers that,
 // on a person's word, are off for good.
 type Request struct {
 	From   ID
@@ -69,9 +74,14 @@ func (s *State) stale(r *Request) bool {
 }
 
 // Apply is the version after s in which those of the requests have been
-// carried out that are next in their sender's order; nil when none is. New
-// keepers are taken from live first.
-func (s *State) Apply(requests []Request, live []peer.Name) *State {
+// carried out that are next in their sender's order, and in which those who are
+// gone, their leases being over, are no members; nil when neither changes
+// anything. Keepers are taken from live first; where there are to be fewer than
+// before, those stay who are sound: known to have what they promised.
+func (s *State) Apply(requests []Request, gone []Tenancy, live, sound []peer.Name) *State {
+	if len(requests) == 0 && len(gone) == 0 {
+		return nil
+	}
 	next := s.clone()
 	next.Version++
 	changed := false
@@ -81,11 +91,25 @@ func (s *State) Apply(requests []Request, live []peer.Name) *State {
 			next, changed = trial, true
 		}
 	}
+	for _, t := range gone { // whoever has just begun another epoch is not
+		if m, ok := next.Member(t.Name); ok && m.Epoch == t.Epoch && m.Lease > 0 {
+			changed = next.remove(t.Name, 0) || changed
+		}
+	}
 	if !changed {
 		return nil
 	}
-	next.refill(live)
+	next.refill(live, sound)
+	if !slices.Equal(s.committee(), next.committee()) {
+		next.Committee = Committee{next.Term, next.Version}
+	}
 	return next
+}
+
+// force makes s a version without a majority.
+func (s *State) force() {
+	s.Term++
+	s.Committee = Committee{s.Term, s.Version}
 }
 
 func (s *State) request(r *Request) bool {
@@ -103,7 +127,7 @@ func (s *State) request(r *Request) bool {
 		s.Members[i].Store = r.From.Store
 	}
 	for _, op := range r.Ops {
-		if op.Kind == OpGrant || op.Kind == OpBlock || r.Epoch != 0 {
+		if op.Kind == OpGrant || op.Kind == OpBlock || op.Kind == OpRenew || r.Epoch != 0 {
 			s.operate(r.From.Name, op)
 		}
 	}
@@ -120,13 +144,18 @@ func (s *State) join(id ID) {
 	} else {
 		s.Members = slices.Insert(s.Members, i, m)
 	}
+	s.enter(m)
+	// As a keeper of the next version it starts with nothing promised, which
+	// is right whatever it lost.
+}
+
+// enter makes the grants of m those of its present epoch.
+func (s *State) enter(m Member) {
 	for i := range s.Grants {
-		if s.Grants[i].Owner == id.Name {
+		if s.Grants[i].Owner == m.Name {
 			s.Grants[i].Epoch = m.Epoch
 		}
 	}
-	// As a keeper of the next version it starts with nothing promised, which
-	// is right whatever it lost.
 }
 
 func (s *State) operate(from peer.Name, op Op) {
@@ -147,6 +176,11 @@ func (s *State) operate(from peer.Name, op Op) {
 		}
 	case OpLeave:
 		s.remove(from, 0)
+	case OpRenew:
+		if i, ok := s.find(from); ok {
+			s.Members[i].Epoch, s.Members[i].Serial, s.Members[i].Lease = s.Version, 0, op.Lease
+			s.enter(s.Members[i])
+		}
 	}
 }
 
@@ -251,13 +285,14 @@ func melt(sorted []Grant) []Grant {
 
 // remove ends the membership of name; its grants go to heir. The last member
 // stays: a register that nobody keeps could never change again.
-func (s *State) remove(name, heir peer.Name) {
+func (s *State) remove(name, heir peer.Name) bool {
 	i, ok := s.find(name)
 	if !ok || len(s.Members) == 1 {
-		return
+		return false
 	}
 	s.transfer(name, space.FromPrefix(s.Range), heir)
 	s.Members = slices.Delete(s.Members, i, i+1)
+	return true
 }
 
 // refill brings the keepers to the largest odd number, up to MaxKeepers, for
@@ -265,7 +300,7 @@ func (s *State) remove(name, heir peer.Name) {
 // majority and add nothing. Live members come first, of those the present
 // keepers, then those that have been members longest: a keeper that is gone
 // is replaced with the next change.
-func (s *State) refill(live []peer.Name) {
+func (s *State) refill(live, sound []peer.Name) {
 	s.Keepers = slices.DeleteFunc(s.Keepers, func(k peer.Name) bool {
 		_, ok := s.Member(k)
 		return !ok
@@ -277,10 +312,12 @@ func (s *State) refill(live []peer.Name) {
 	rank := slices.Clone(s.Members)
 	down := func(n peer.Name) int { return 1 - bit(slices.Contains(live, n)) }
 	sitting := func(n peer.Name) int { return 1 - bit(slices.Contains(s.Keepers, n)) }
+	unsure := func(n peer.Name) int { return 1 - bit(slices.Contains(sound, n)) }
 	slices.SortFunc(rank, func(a, b Member) int {
 		return cmp.Or(
 			cmp.Compare(down(a.Name), down(b.Name)),
 			cmp.Compare(sitting(a.Name), sitting(b.Name)),
+			cmp.Compare(unsure(a.Name), unsure(b.Name)),
 			cmp.Compare(a.Epoch, b.Epoch),
 			cmp.Compare(a.Name, b.Name))
 	})
@@ -307,7 +344,8 @@ func Found(id Cluster, rng netip.Prefix, members []ID) *State {
 	}
 	slices.SortFunc(s.Members, func(a, b Member) int { return cmp.Compare(a.Name, b.Name) })
 	s.Members = slices.CompactFunc(s.Members, func(a, b Member) bool { return a.Name == b.Name })
-	s.refill(nil)
+	s.refill(nil, nil)
+	s.Committee = Committee{s.Term, s.Version}
 	return s
 }
 

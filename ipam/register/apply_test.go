@@ -35,7 +35,7 @@ func ask(s *State, name peer.Name, ops ...Op) Request {
 
 func apply(t *testing.T, s *State, q ...Request) *State {
 	t.Helper()
-	next := s.Apply(q, nil)
+	next := s.Apply(q, nil, nil, nil)
 	if next == nil {
 		t.Fatalf("nothing came of %+v", q)
 	}
@@ -61,7 +61,7 @@ func TestLateReleaseIsVoid(t *testing.T) {
 		release,
 		{From: release.From, Epoch: release.Epoch, Serial: release.Serial + 5, Ops: release.Ops},
 	} {
-		if next := s.Apply([]Request{late}, nil); next != nil {
+		if next := s.Apply([]Request{late}, nil, nil, nil); next != nil {
 			t.Fatalf("serial %d after %+v was carried out: %+v", late.Serial, s.Members[0], next.Grants)
 		}
 	}
@@ -71,7 +71,7 @@ func TestLateReleaseIsVoid(t *testing.T) {
 	if !s.Owned(1).Covers(block) {
 		t.Fatal("a new store lost what containers use")
 	}
-	if next := s.Apply([]Request{again}, nil); next != nil {
+	if next := s.Apply([]Request{again}, nil, nil, nil); next != nil {
 		t.Fatal("a request of the old store was carried out")
 	}
 	if m, _ := s.Member(1); m.Epoch != s.Version || m.Serial != 0 {
@@ -114,7 +114,7 @@ func TestKeepersAreOddAndLive(t *testing.T) {
 	if !slices.Equal(s.Keepers, []peer.Name{1, 3, 4}) {
 		t.Errorf("keepers %v", s.Keepers)
 	}
-	next := s.Apply([]Request{ask(s, 1)}, []peer.Name{1, 4, 5})
+	next := s.Apply([]Request{ask(s, 1)}, nil, []peer.Name{1, 4, 5}, nil)
 	if !slices.Equal(next.Keepers, []peer.Name{1, 4, 5}) {
 		t.Errorf("with 3 gone: keepers %v", next.Keepers)
 	}
@@ -144,7 +144,7 @@ func TestApplyAgainstSlowOracle(t *testing.T) {
 		for range rapid.IntRange(1, 40).Draw(t, "steps") {
 			if len(sent) > 0 && rapid.IntRange(0, 3).Draw(t, "late") == 0 {
 				q := sent[rapid.IntRange(0, len(sent)-1).Draw(t, "which")]
-				if next := s.Apply([]Request{q}, nil); next != nil && q.Epoch != 0 {
+				if next := s.Apply([]Request{q}, nil, nil, nil); next != nil && q.Epoch != 0 {
 					t.Fatalf("%+v was carried out twice", q)
 				}
 				continue
@@ -154,7 +154,7 @@ func TestApplyAgainstSlowOracle(t *testing.T) {
 			if _, ok := s.Member(from); !ok {
 				q = Request{From: ID{from, uint64(from)}}
 			}
-			next := s.Apply([]Request{q}, nil)
+			next := s.Apply([]Request{q}, nil, nil, nil)
 			if next == nil {
 				t.Fatalf("%+v was refused", q)
 			}
@@ -244,10 +244,10 @@ func TestFullRegisterRefusesAndLives(t *testing.T) {
 		}
 		all = append(all, ask(s, peer.Name(i+1), ops...))
 	}
-	if next := s.Apply(all, nil); next != nil {
+	if next := s.Apply(all, nil, nil, nil); next != nil {
 		t.Fatalf("%d octets, more than %d", next.size(), MaxStateSize)
 	}
-	if next := s.Apply([]Request{ask(s, 1, Op{Kind: OpRelease, Range: rangeOf("10.0.0.0/9")})}, nil); next == nil || next.size() >= s.size() {
+	if next := s.Apply([]Request{ask(s, 1, Op{Kind: OpRelease, Range: rangeOf("10.0.0.0/9")})}, nil, nil, nil); next == nil || next.size() >= s.size() {
 		t.Fatal("a full register takes nothing back")
 	}
 }

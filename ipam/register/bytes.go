@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"weave.local/peer"
 )
@@ -31,6 +32,14 @@ func appendID(b []byte, id ID) []byte {
 
 func appendBallot(b []byte, v Ballot) []byte {
 	return AppendName(binary.AppendUvarint(b, v.N), v.Name)
+}
+
+func appendCommittee(b []byte, c Committee) []byte {
+	return binary.AppendUvarint(binary.AppendUvarint(b, c.Term), c.Version)
+}
+
+func appendMillis(b []byte, d time.Duration) []byte {
+	return binary.AppendUvarint(b, uint64(d.Milliseconds()))
 }
 
 // Reader reads what the Append functions wrote. After the first fault it
@@ -130,3 +139,14 @@ func (r *Reader) Prefix() netip.Prefix {
 func (r *Reader) id() ID { return ID{r.Name(), r.Uint64()} }
 
 func (r *Reader) ballot() Ballot { return Ballot{r.Uvarint(), r.Name()} }
+
+func (r *Reader) committee() Committee { return Committee{r.Uvarint(), r.Uvarint()} }
+
+func (r *Reader) millis() time.Duration {
+	v := r.Uvarint()
+	if v > uint64(MaxLease.Milliseconds()) {
+		r.Fail(fmt.Errorf("%d ms", v))
+		return 0
+	}
+	return time.Duration(v) * time.Millisecond
+}

@@ -20,25 +20,46 @@
 // others together count as a majority, and the version made that way begins a
 // new term.
 //
+// # Leases
+//
+// A member with a lease proves to the keepers all the time that it lives: it
+// sends them a renewal with a new nonce (KindRenew), and when a majority of one
+// committee has acknowledged that (KindAck), it may go on until its lease is
+// over, counted from when it sent the renewal; see Lease.
+//
+// A keeper counts for how long it has acknowledged nothing, see watch. When
+// that is longer than the lease by a margin, it freezes the member in its epoch:
+// durably, it acknowledges nothing any more (KindFrozen), and says so with its
+// promises. A proposer to whom a majority has promised that removes the member.
+// A keeper that has accepted a version with another committee acknowledges
+// nothing either before it knows what became of that version.
+//
 // # Layout
 //
 // Names take six octets, stores eight, numbers are unsigned varints, addresses
 // a length octet (4 or 16) and the octets, prefixes an address and an octet of
 // bits. Most significant octet first. A list is its length and its items.
 //
-//	State    format=1 · term · version · cluster[16] · range prefix ·
-//	         u8 n, n × keeper name ·
-//	         n, n × (name store epoch serial) ·
+//	State    format=2 · term · version · cluster[16] · range prefix ·
+//	         committee · u8 n, n × keeper name ·
+//	         n, n × (name store epoch serial lease) ·
 //	         n, n × (first last [4 or 16 octets each, as the range] owner epoch)
-//	Message  format=1 · u8 kind · u8 flags (1 state, 2 request, 4 want answer) ·
+//	Message  format=1 · u8 kind · u8 flags (1 state, 2 request, 4 want answer,
+//	         8 frozen, 16 renewal) ·
 //	         cluster[16] · range prefix · store · term · version · ballot ·
 //	         accepted ballot ·
-//	         [State] · [Request]
+//	         [State] · [Request] · [n, n × (name epoch)] · [nonce[8] epoch committee]
 //	ballot   number · name
+//	lease    milliseconds
+//	committee term · version
 //	Request  name store · epoch · serial · n, n × name off · n, n × (u8 kind · …)
 //	         1 grant: prefix peers · 2 block: address · 3 release: address address name ·
-//	         4 remove: name · 5 leave
-//	Acceptor format=1 · version · promised ballot · accepted ballot · u8 has state · [State]
+//	         4 remove: name · 5 leave · 6 renew: lease
+//	Acceptor format=1 · version · promised ballot · accepted ballot · u8 has state · [State] ·
+//	         committee · n, n × (name epoch silence u8 frozen), missing in older ones
+//	silence  milliseconds
+//
+// A State of format 1 has neither committee nor leases.
 package register
 
 import (
@@ -78,6 +99,8 @@ type Effects struct {
 	Foreign []Foreign
 	// Told are peers that said they have learned the newest version, see Tell.
 	Told []peer.Name
+	// Answers are what keepers say to renewals.
+	Answers []Answer
 }
 
 // Foreign is a peer with a register of another cluster, or of another range.
@@ -98,6 +121,9 @@ type Node struct {
 	met      map[ID]bool
 	founding bool
 	round    *round
+	watch    watch
+	accepted time.Time             // when acc.state was accepted; zero: in an earlier run
+	retake   time.Time             // no round for what is frozen here alone before
 	notNow   time.Time             // no new round before
 	lost     int                   // rounds lost in a row
 	top      uint64                // highest ballot number met
@@ -122,14 +148,16 @@ func New(cfg Config, state *State, acceptorRecord []byte) (*Node, error) {
 		n.met[cfg.Self] = true
 	}
 	if acceptorRecord != nil {
-		acc, err := parseAcceptor(acceptorRecord)
+		acc, watch, err := parseAcceptor(acceptorRecord)
 		if err != nil {
 			return nil, err
 		}
 		if acc.version == n.next() {
 			n.acc = *acc
 		}
+		n.watch = *watch
 	}
+	n.watch.settle(n.state)
 	return n, nil
 }
 
@@ -137,7 +165,7 @@ func New(cfg Config, state *State, acceptorRecord []byte) (*Node, error) {
 func (n *Node) State() *State { return n.state }
 
 // Acceptor is the record to keep together with State.
-func (n *Node) Acceptor() []byte { return n.acc.encode() }
+func (n *Node) Acceptor() []byte { return n.watch.append(n.acc.encode()) }
 
 // Founding says how far the first version is: whether this peer works on it,
 // how many must agree, and how many take part as far as is known.
@@ -202,6 +230,7 @@ func (n *Node) Found(now time.Time) Effects {
 // The caller knows that it loses nothing.
 func (n *Node) Adopt(now time.Time, s *State) Effects {
 	n.state = nil
+	n.watch.settle(nil)
 	clear(n.queue)
 	n.learn(now, s)
 	return n.take()
@@ -228,7 +257,9 @@ func (n *Node) learn(now time.Time, s *State) {
 	if n.answeredBy(s) {
 		n.want.ops, n.want.off = nil, nil
 	}
+	n.count(now)
 	n.state = s
+	n.watch.settle(s)
 	n.acc = acceptor{version: n.next()}
 	n.round, n.founding, n.lost, n.top, n.notNow = nil, false, 0, 0, time.Time{}
 	n.out.Dirty, n.out.Learned = true, true
@@ -318,6 +349,10 @@ func (n *Node) receive(now time.Time, from peer.Name, m *Message) {
 		if n.state != nil && m.Version >= n.state.Version {
 			n.out.Told = append(n.out.Told, from)
 		}
+	case KindRenew:
+		n.acknowledge(now, from, m)
+	case KindAck, KindFrozen:
+		n.out.Answers = append(n.out.Answers, Answer{ID{from, m.Store}, m.Renewal, m.Kind == KindFrozen})
 	case KindChosen, kindEnd:
 	}
 }
@@ -355,7 +390,7 @@ func (n *Node) meet(from peer.Name, m *Message) {
 		if len(n.met) < 1024 {
 			n.met[ID{from, m.Store}] = true
 		}
-	case KindBehind, KindAbstain, KindChosen, KindLearned, KindRequest, KindStart, kindEnd:
+	case KindBehind, KindAbstain, KindChosen, KindLearned, KindRequest, KindStart, KindRenew, KindAck, KindFrozen, kindEnd:
 	}
 }
 
@@ -387,11 +422,11 @@ func (n *Node) accept(now time.Time, from peer.Name, m *Message) {
 		n.out.Dirty = true
 	}
 	if m.Kind == KindPrepare {
-		n.send(now, from, Message{Kind: KindPromise, Version: m.Version, Ballot: m.Ballot, Accepted: n.acc.accepted, State: n.acc.state})
+		n.send(now, from, Message{Kind: KindPromise, Version: m.Version, Ballot: m.Ballot, Accepted: n.acc.accepted, State: n.acc.state, Frozen: n.frozen()})
 		return
 	}
 	if n.acc.accepted != m.Ballot {
-		n.acc.accepted, n.acc.state = m.Ballot, m.State
+		n.acc.accepted, n.acc.state, n.accepted = m.Ballot, m.State, now
 		n.out.Dirty = true
 	}
 	n.send(now, from, Message{Kind: KindAccepted, Version: m.Version, Ballot: m.Ballot})
@@ -407,7 +442,7 @@ func (a *acceptor) encode() []byte {
 	return a.state.Append(append(b, 1))
 }
 
-func parseAcceptor(b []byte) (*acceptor, error) {
+func parseAcceptor(b []byte) (*acceptor, *watch, error) {
 	r := Reader{B: b}
 	if f := r.Byte(); f != Format {
 		r.Fail(fmt.Errorf("format %d, want %d", f, Format))
@@ -416,13 +451,17 @@ func parseAcceptor(b []byte) (*acceptor, error) {
 	if r.Byte() == 1 {
 		a.state = r.state()
 	}
+	w := &watch{}
+	if len(r.B) > 0 {
+		w.parse(&r)
+	}
 	if err := r.Done(); err != nil {
-		return nil, fmt.Errorf("acceptor: %w", err)
+		return nil, nil, fmt.Errorf("acceptor: %w", err)
 	}
 	if a.state != nil {
 		if err := a.state.Validate(); err != nil {
-			return nil, fmt.Errorf("acceptor: %w", err)
+			return nil, nil, fmt.Errorf("acceptor: %w", err)
 		}
 	}
-	return a, nil
+	return a, w, nil
 }

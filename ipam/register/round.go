@@ -18,6 +18,9 @@ const (
 	setback = 60 * time.Millisecond
 	// listen is how long founding waits for reachable peers that say nothing.
 	listen = time.Second
+	// finish is how long an acceptor waits to learn what became of what it
+	// accepted before it sees to that itself.
+	finish = 2 * time.Second
 	// patience is after how many resends the word of a person replaces the
 	// missing keepers.
 	patience = 2
@@ -32,6 +35,7 @@ type round struct {
 	seenVal  *State             // and what was accepted
 	answered map[peer.Name]bool // in this phase, in whatever way
 	yes      map[ID]bool        // promised, or accepted, in this phase
+	frozen   map[Tenancy][]ID   // by whom, of those who promised
 	forced   bool               // no majority promised; all keepers not off did
 	resends  int
 	next     time.Time // of the next resend
@@ -47,7 +51,7 @@ func (n *Node) startRound(now time.Time) {
 		if !n.founding || n.cfg.Quorum == 0 {
 			return
 		}
-	} else if !n.state.Keeper(n.cfg.Self) || n.state.Apply(n.requests(), n.live()) == nil {
+	} else if !n.state.Keeper(n.cfg.Self) || !n.unfinished(now) && n.state.Apply(n.requests(), n.due(now), n.live(), nil) == nil {
 		n.notNow = time.Time{}
 		return
 	}
@@ -58,9 +62,15 @@ func (n *Node) startRound(now time.Time) {
 	}
 	n.round = &round{
 		ballot: Ballot{n.top + 1, n.cfg.Self.Name}, began: now,
-		answered: map[peer.Name]bool{}, yes: map[ID]bool{},
+		answered: map[peer.Name]bool{}, yes: map[ID]bool{}, frozen: map[Tenancy][]ID{},
 	}
 	n.ask(now)
+}
+
+// unfinished says whether this peer accepted a version and has waited long
+// enough to learn what became of it: it may be agreed without anybody knowing.
+func (n *Node) unfinished(now time.Time) bool {
+	return n.acc.version == n.next() && n.acc.state != nil && now.Sub(n.accepted) >= finish
 }
 
 // requests are those in the queue, by sender.
@@ -125,6 +135,11 @@ func (n *Node) answer(now time.Time, from peer.Name, m *Message) {
 			return
 		}
 		r.answered[from], r.yes[ID{from, m.Store}] = true, true
+		for _, t := range m.Frozen {
+			if !slices.Contains(r.frozen[t], ID{from, m.Store}) {
+				r.frozen[t] = append(r.frozen[t], ID{from, m.Store})
+			}
+		}
 		if m.State != nil && r.seen.less(m.Accepted) {
 			r.seen, r.seenVal = m.Accepted, m.State
 		}
@@ -162,7 +177,7 @@ func (n *Node) advance(now time.Time) {
 		value = n.propose()
 	}
 	if value == nil { // nothing left to do
-		n.round = nil
+		n.round, n.retake = nil, now.Add(retake)
 		return
 	}
 	r.value = value
@@ -173,9 +188,13 @@ func (n *Node) advance(now time.Time) {
 // propose is the value of this peer's own choice.
 func (n *Node) propose() *State {
 	if n.state != nil {
-		next := n.state.Apply(n.requests(), n.live())
+		var sound []peer.Name
+		for id := range n.round.yes {
+			sound = append(sound, id.Name)
+		}
+		next := n.state.Apply(n.requests(), n.gone(), n.live(), sound)
 		if next != nil && n.round.forced {
-			next.Term++
+			next.force()
 		}
 		return next
 	}

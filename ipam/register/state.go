@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"time"
 
 	"weave.local/ipam/space"
 	"weave.local/peer"
@@ -13,6 +14,9 @@ import (
 
 // MaxKeepers is how many peers at most agree on the register.
 const MaxKeepers = 5
+
+// MaxLease is the longest lease: ten years.
+const MaxLease = 10 * 365 * 24 * time.Hour
 
 // Cluster identifies a cluster for its whole life: a random UUID (RFC 9562,
 // version 4), born with its first register. The zero Cluster is none.
@@ -42,7 +46,22 @@ type Member struct {
 	// Serial is the number of the last request of this epoch that was carried
 	// out; the next is Serial+1, and no other is accepted.
 	Serial uint64
+	// Lease is how long the peer may use its grants after it last sent a
+	// renewal that a majority of keepers acknowledged, in whole milliseconds.
+	// 0: for ever, and its grants are never taken back without a person's word.
+	Lease time.Duration
 }
+
+// Tenancy is a peer in one of its epochs: what leases are about.
+type Tenancy struct {
+	Name  peer.Name
+	Epoch uint64
+}
+
+// Committee names a set of keepers: the version that made it, with its term.
+// Whatever changes the set or the store of one in it makes another committee.
+// The zero Committee is that of registers written before there were leases.
+type Committee struct{ Term, Version uint64 }
 
 // Grant says that all addresses of a range are Owner's, and its alone.
 type Grant struct {
@@ -61,8 +80,10 @@ type State struct {
 	Cluster Cluster
 	Range   netip.Prefix
 	Keepers []peer.Name // members, sorted, at most MaxKeepers
-	Members []Member    // sorted by name
-	Grants  []Grant     // sorted, disjoint, within Range, owned by members
+	// Committee is since when Keepers are what they are.
+	Committee Committee
+	Members   []Member // sorted by name
+	Grants    []Grant  // sorted, disjoint, within Range, owned by members
 }
 
 // Member finds the member called name.
@@ -79,6 +100,16 @@ func (s *State) find(name peer.Name) (int, bool) {
 
 // Is says whether the member is the peer id.
 func (m Member) Is(id ID) bool { return m.Name == id.Name && (m.Store == 0 || m.Store == id.Store) }
+
+// committee are the keepers with the stores they are to have.
+func (s *State) committee() []ID {
+	out := make([]ID, 0, len(s.Keepers))
+	for _, k := range s.Keepers {
+		m, _ := s.Member(k)
+		out = append(out, m.ID)
+	}
+	return out
+}
 
 // Keeper says whether id is a keeper.
 func (s *State) Keeper(id ID) bool {
@@ -159,6 +190,9 @@ func (s *State) Validate() error {
 	for i, m := range s.Members {
 		if m.Name == 0 || m.Epoch == 0 || m.Epoch > s.Version || i > 0 && m.Name <= s.Members[i-1].Name {
 			return fmt.Errorf("register with member %s, epoch %d, out of order or of no epoch", m.Name, m.Epoch)
+		}
+		if m.Lease < 0 || m.Lease > MaxLease {
+			return fmt.Errorf("register with member %s, lease %v, want at most %v", m.Name, m.Lease, MaxLease)
 		}
 	}
 	for i, k := range s.Keepers {

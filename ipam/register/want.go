@@ -84,8 +84,8 @@ func (n *Node) pursue(now time.Time) {
 		return
 	}
 	if n.alone(&q) {
-		if next := n.state.Apply([]Request{q}, n.live()); next != nil {
-			next.Term++
+		if next := n.state.Apply([]Request{q}, nil, n.live(), nil); next != nil {
+			next.force()
 			n.chosen(now, next)
 		}
 		return
@@ -142,6 +142,7 @@ func (n *Node) tick(now time.Time) {
 	if !n.want.next.IsZero() {
 		n.pursue(now)
 	}
+	n.count(now)
 	n.startRound(now)
 }
 
@@ -157,7 +158,17 @@ func (n *Node) Next() time.Time {
 		soonest(n.round.next)
 	} else if n.founding || len(n.queue) > 0 {
 		soonest(n.notNow)
+	} else if n.state != nil && n.state.Keeper(n.cfg.Self) && n.acc.state != nil {
+		soonest(later(n.accepted.Add(finish), n.notNow))
 	}
 	soonest(n.want.next)
+	soonest(n.nextLook())
 	return at
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }

@@ -12,26 +12,32 @@ import (
 )
 
 const (
-	// Format is the first byte of every state and message on the wire and on
-	// disk.
+	// Format is the first byte of every message on the wire and of every record
+	// on disk, but for a State.
 	Format = 1
+	// stateFormat is the first byte of a State. States of format 1, without
+	// leases, are read as well; nobody has a lease in them.
+	stateFormat = 2
 	// MaxStateSize bounds an encoded state, in bytes, so that a message with
 	// one state stays below what a link carries at once.
 	MaxStateSize = 200 << 10
 	// maxOps and maxOff bound the lists of one request.
 	maxOps = 256
 	maxOff = 64
+	// maxFrozen bounds the tenancies that one message names.
+	maxFrozen = 1024
 )
 
 var errShort = errors.New("cut short")
 
 // Append writes the state behind b, in the layout of the package comment.
 func (s *State) Append(b []byte) []byte {
-	b = append(b, Format)
+	b = append(b, stateFormat)
 	b = binary.AppendUvarint(b, s.Term)
 	b = binary.AppendUvarint(b, s.Version)
 	b = append(b, s.Cluster[:]...)
 	b = AppendPrefix(b, s.Range)
+	b = appendCommittee(b, s.Committee)
 	b = append(b, byte(len(s.Keepers)))
 	for _, k := range s.Keepers {
 		b = AppendName(b, k)
@@ -41,6 +47,7 @@ func (s *State) Append(b []byte) []byte {
 		b = appendID(b, m.ID)
 		b = binary.AppendUvarint(b, m.Epoch)
 		b = binary.AppendUvarint(b, m.Serial)
+		b = appendMillis(b, m.Lease)
 	}
 	b = binary.AppendUvarint(b, uint64(len(s.Grants)))
 	for _, g := range s.Grants {
@@ -72,18 +79,26 @@ func ParseState(b []byte) (*State, error) {
 
 func (r *Reader) state() *State {
 	s := &State{}
-	if f := r.Byte(); f != Format {
-		r.Fail(fmt.Errorf("format %d, want %d", f, Format))
+	f := r.Byte()
+	if f != stateFormat && f != 1 {
+		r.Fail(fmt.Errorf("format %d, want %d", f, stateFormat))
 		return s
 	}
 	s.Term, s.Version = r.Uvarint(), r.Uvarint()
 	copy(s.Cluster[:], r.Bytes(len(s.Cluster)))
 	s.Range = r.Prefix()
+	if f != 1 {
+		s.Committee = r.committee()
+	}
 	for range r.count(int(r.Byte()), 6) {
 		s.Keepers = append(s.Keepers, r.Name())
 	}
 	for range r.Count(16) {
-		s.Members = append(s.Members, Member{ID: r.id(), Epoch: r.Uvarint(), Serial: r.Uvarint()})
+		m := Member{ID: r.id(), Epoch: r.Uvarint(), Serial: r.Uvarint()}
+		if f != 1 {
+			m.Lease = r.millis()
+		}
+		s.Members = append(s.Members, m)
 	}
 	octets := s.Range.Addr().BitLen() / 8
 	for range r.Count(2*octets + 7) {
@@ -120,6 +135,11 @@ const (
 	KindRequest
 	// KindStart asks a peer to found a cluster.
 	KindStart
+	// KindRenew asks a keeper to acknowledge that the sender lives; KindAck
+	// does, KindFrozen says that it no longer will.
+	KindRenew
+	KindAck
+	KindFrozen
 	kindEnd
 )
 
@@ -145,12 +165,16 @@ type Message struct {
 	Accepted Ballot       // KindPromise: of State; zero: none
 	State    *State       // KindPromise, KindAccept, KindChosen
 	Request  *Request     // KindRequest
+	Frozen   []Tenancy    // KindPromise: those the sender has frozen
+	Renewal  Renewal      // KindRenew, KindAck, KindFrozen
 }
 
 const (
 	flagState = 1 << iota
 	flagRequest
 	flagWant
+	flagFrozen
+	flagRenewal
 )
 
 // Append writes the message behind b.
@@ -165,6 +189,12 @@ func (m *Message) Append(b []byte) []byte {
 	if m.Want {
 		flags |= flagWant
 	}
+	if len(m.Frozen) > 0 {
+		flags |= flagFrozen
+	}
+	if m.Renewal != (Renewal{}) {
+		flags |= flagRenewal
+	}
 	b = append(b, Format, byte(m.Kind), flags)
 	b = append(b, m.Cluster[:]...)
 	b = AppendPrefix(b, m.Range)
@@ -178,6 +208,17 @@ func (m *Message) Append(b []byte) []byte {
 	}
 	if m.Request != nil {
 		b = m.Request.append(b)
+	}
+	if len(m.Frozen) > 0 {
+		b = binary.AppendUvarint(b, uint64(len(m.Frozen)))
+		for _, t := range m.Frozen {
+			b = binary.AppendUvarint(AppendName(b, t.Name), t.Epoch)
+		}
+	}
+	if m.Renewal != (Renewal{}) {
+		b = binary.BigEndian.AppendUint64(b, m.Renewal.Nonce)
+		b = binary.AppendUvarint(b, m.Renewal.Epoch)
+		b = appendCommittee(b, m.Renewal.Committee)
 	}
 	return b
 }
@@ -201,6 +242,18 @@ func ParseMessage(b []byte) (*Message, error) {
 	}
 	if flags&flagRequest != 0 {
 		m.Request = r.request()
+	}
+	if flags&flagFrozen != 0 {
+		n := r.Count(7)
+		if n > maxFrozen {
+			r.Fail(fmt.Errorf("%d frozen peers", n))
+		}
+		for range n {
+			m.Frozen = append(m.Frozen, Tenancy{r.Name(), r.Uvarint()})
+		}
+	}
+	if flags&flagRenewal != 0 {
+		m.Renewal = Renewal{r.Uint64(), r.Uvarint(), r.committee()}
 	}
 	if err := r.Done(); err != nil {
 		return nil, fmt.Errorf("register message: %w", err)
@@ -251,6 +304,8 @@ func (q *Request) append(b []byte) []byte {
 			b = AppendName(b, op.To)
 		case OpRemove:
 			b = AppendName(b, op.To)
+		case OpRenew:
+			b = appendMillis(b, op.Lease)
 		case OpLeave:
 		}
 	}
@@ -288,6 +343,8 @@ func (r *Reader) request() *Request {
 			}
 		case OpRemove:
 			op.To = r.Name()
+		case OpRenew:
+			op.Lease = r.millis()
 		case OpLeave:
 		default:
 			r.Fail(fmt.Errorf("operation %d", op.Kind))

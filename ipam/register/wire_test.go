@@ -1,10 +1,12 @@
 package register
 
 import (
+	"bytes"
 	"encoding/hex"
 	"net/netip"
 	"reflect"
 	"testing"
+	"time"
 
 	"weave.local/ipam/space"
 	"weave.local/peer"
@@ -13,17 +15,35 @@ import (
 func sample() *State {
 	return &State{
 		Term: 1, Version: 300, Cluster: Cluster{0xc1}, Range: netip.MustParsePrefix("10.32.0.0/12"),
-		Keepers: []peer.Name{0x0a0b0c0d0e0f},
-		Members: []Member{{ID{0x0a0b0c0d0e0f, 7}, 3, 4}},
+		Keepers: []peer.Name{0x0a0b0c0d0e0f}, Committee: Committee{1, 299},
+		Members: []Member{{ID{0x0a0b0c0d0e0f, 7}, 3, 4, 86_400_000 * time.Millisecond}},
 		Grants:  []Grant{{space.FromPrefix(netip.MustParsePrefix("10.32.0.0/24")), 0x0a0b0c0d0e0f, 3}},
 	}
 }
 
 // The layout of the package comment, octet for octet.
-const golden = "01" + "01" + "ac02" + "c1000000000000000000000000000000" + "040a2000000c" +
+const golden = "02" + "01" + "ac02" + "c1000000000000000000000000000000" + "040a2000000c" +
+	"01" + "ab02" + "01" + "0a0b0c0d0e0f" +
+	"01" + "0a0b0c0d0e0f" + "0000000000000007" + "03" + "04" + "80b89929" +
+	"01" + "0a200000" + "0a2000ff" + "0a0b0c0d0e0f" + "03"
+
+// The same in format 1, which knew no leases.
+const goldenWithoutLeases = "01" + "01" + "ac02" + "c1000000000000000000000000000000" + "040a2000000c" +
 	"01" + "0a0b0c0d0e0f" +
 	"01" + "0a0b0c0d0e0f" + "0000000000000007" + "03" + "04" +
 	"01" + "0a200000" + "0a2000ff" + "0a0b0c0d0e0f" + "03"
+
+func TestStateWithoutLeases(t *testing.T) {
+	b, err := hex.DecodeString(goldenWithoutLeases)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := sample()
+	want.Committee, want.Members[0].Lease = Committee{}, 0
+	if got, err := ParseState(b); err != nil || !reflect.DeepEqual(got, want) {
+		t.Fatalf("%+v, %v", got, err)
+	}
+}
 
 func TestStateLayout(t *testing.T) {
 	b := sample().Append(nil)
@@ -55,8 +75,12 @@ func messages() []*Message {
 				{Kind: OpRelease, Range: space.FromPrefix(v6), To: 9},
 				{Kind: OpRemove, To: 9},
 				{Kind: OpLeave},
+				{Kind: OpRenew, Lease: 3 * time.Second},
 			},
 		}},
+		{Kind: KindPromise, Range: testRange, Version: 301, Ballot: Ballot{9, 3}, Frozen: []Tenancy{{7, 8}, {9, 300}}},
+		{Kind: KindRenew, Cluster: Cluster{1}, Range: testRange, Renewal: Renewal{1 << 60, 5, Committee{1, 300}}},
+		{Kind: KindAck, Cluster: Cluster{1}, Range: testRange, Renewal: Renewal{1, 5, Committee{1, 300}}},
 	}
 }
 
@@ -111,7 +135,7 @@ func FuzzParseMessage(f *testing.F) {
 			s := Found(Cluster{1}, testRange, []ID{{1, 1}, {2, 2}})
 			q := *m.Request
 			q.From, q.Epoch, q.Serial = ID{1, 1}, 1, 1
-			if next := s.Apply([]Request{q}, nil); next != nil {
+			if next := s.Apply([]Request{q}, nil, nil, nil); next != nil {
 				if err := next.Validate(); err != nil {
 					t.Fatal(err)
 				}
@@ -123,14 +147,20 @@ func FuzzParseMessage(f *testing.F) {
 func FuzzParseAcceptor(f *testing.F) {
 	f.Add((&acceptor{version: 301, promised: Ballot{3, 1}, accepted: Ballot{2, 2}, state: sample()}).encode())
 	f.Add((&acceptor{version: 1}).encode())
+	w := watch{committee: Committee{1, 2}}
+	*w.of(Tenancy{3, 4}) = silence{lasts: time.Hour, kept: time.Hour, frozen: true}
+	*w.of(Tenancy{5, 6}) = silence{lasts: time.Second, kept: time.Second}
+	f.Add(w.append((&acceptor{version: 1}).encode()))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		a, err := parseAcceptor(b)
+		a, w, err := parseAcceptor(b)
 		if err != nil {
 			return
 		}
-		again, err := parseAcceptor(a.encode())
-		if err != nil || !reflect.DeepEqual(a, again) {
-			t.Fatalf("%+v comes back as %+v, %v", a, again, err)
+		kept := w.append(nil)
+		b2 := append(a.encode(), kept...)
+		again, wAgain, err := parseAcceptor(b2)
+		if err != nil || !reflect.DeepEqual(a, again) || !bytes.Equal(kept, wAgain.append(nil)) {
+			t.Fatalf("%+v %+v comes back as %+v %+v, %v", a, w, again, wAgain, err)
 		}
 	})
 }

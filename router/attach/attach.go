@@ -82,17 +82,18 @@ type Attachment struct {
 // Manager attaches and detaches. Its methods may be called from several
 // goroutines; calls for the same id are done one after the other.
 type Manager struct {
-	cfg   Config
-	keys  *keys
-	waked chan struct{} // capacity 1: a release was set
+	cfg     Config
+	keys    *keys
+	waked   chan struct{} // capacity 1: a release was set
+	lostAny chan struct{} // capacity 1: an address was lost
 
 	mu       sync.Mutex // guards what follows; never held during I/O
 	records  map[string]*record
 	exposed  []exposure
 	hostMAC  overlay.MAC
 	hostIf   int
-	unsaved  []claim            // adopted addresses that IPAM does not know
 	releases map[string]release // by owner
+	lost     []claim            // addresses to be taken away, as another host has them
 	running  map[string]bool    // containers known to run, for as long as they hold addresses
 }
 
@@ -111,6 +112,7 @@ func New(cfg Config) (*Manager, error) {
 		cfg:      cfg,
 		keys:     newKeys(),
 		waked:    make(chan struct{}, 1),
+		lostAny:  make(chan struct{}, 1),
 		records:  make(map[string]*record),
 		releases: make(map[string]release),
 		running:  make(map[string]bool),

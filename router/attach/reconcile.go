@@ -12,7 +12,7 @@ import (
 	"weave.local/router/netdev"
 )
 
-// claim is an address that an adopted attachment has and IPAM does not know.
+// claim is an address and whose it is.
 type claim struct {
 	owner string
 	addr  netip.Prefix
@@ -128,7 +128,7 @@ func (m *Manager) adopt(r *record, d netdev.Device, bridge int) error {
 	if r.Kind == KindEndpoint {
 		return nil
 	}
-	m.claimLater(r.ID, r.Addrs)
+	m.known(r.ID, r.Addrs)
 	err := m.inside(r, func() error {
 		if err := configureInside(r); err != nil {
 			return err
@@ -144,17 +144,13 @@ func (m *Manager) adopt(r *record, d netdev.Device, bridge int) error {
 	return err
 }
 
-func (m *Manager) claimLater(owner string, addrs []netip.Prefix) {
+// known sees to it that IPAM knows of addresses that are in use.
+func (m *Manager) known(owner string, addrs []netip.Prefix) {
 	if m.cfg.Alloc == nil {
 		return
 	}
-	known := m.cfg.Alloc.Lookup(owner, netip.Prefix{})
-	m.mu.Lock()
-	defer m.mu.Unlock()
 	for _, p := range addrs {
-		if indexAddr(known, p.Addr()) < 0 {
-			m.unsaved = append(m.unsaved, claim{owner, p})
-		}
+		m.warn("address in use cannot be claimed", owner, m.cfg.Alloc.Adopt(owner, p))
 	}
 }
 
@@ -220,7 +216,7 @@ func (m *Manager) restoreHost(ctx context.Context, exposed []exposure) error {
 		}
 	}
 	for _, e := range exposed {
-		m.claimLater(HostID, []netip.Prefix{e.Addr})
+		m.known(HostID, []netip.Prefix{e.Addr})
 	}
 	if len(exposed) > 0 {
 		m.warn("exposed addresses are not all in place", HostID, m.settleHost(ctx, nil, exposed))

@@ -25,7 +25,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return m.watch(ctx) })
 	g.Go(func() error { return m.expire(ctx) })
-	g.Go(func() error { return m.claimUnsaved(ctx) })
+	g.Go(func() error { return m.takeLost(ctx) })
 	return g.Wait()
 }
 
@@ -246,23 +246,6 @@ func (m *Manager) drop(id string, rec *record) error {
 	}
 	if rec != nil {
 		return m.forget(rec)
-	}
-	return nil
-}
-
-// claimUnsaved tells IPAM of addresses that it has lost and that are in use.
-func (m *Manager) claimUnsaved(ctx context.Context) error {
-	m.mu.Lock()
-	claims := m.unsaved
-	m.unsaved = nil
-	m.mu.Unlock()
-	for _, c := range claims {
-		if err := m.cfg.Alloc.Claim(ctx, c.owner, c.addr); err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			m.cfg.Log.Warn("address in use cannot be claimed", "id", c.owner, "addr", c.addr, "err", err)
-		}
 	}
 	return nil
 }

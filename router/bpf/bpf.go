@@ -203,6 +203,9 @@ type Config struct {
 	Port        uint16        // UDP port of VXLAN
 	Join        uint32        // interface index of the device that joins packets, 0 without
 	DirectUntil time.Duration // on the monotonic clock of the kernel: the direct way is not used after
+	// LeaseUntil is when the ports here are cut off from other peers, on the
+	// clock of the kernel that counts sleep; 0: never.
+	LeaseUntil time.Duration
 }
 
 // SetConfig replaces the configuration.
@@ -210,6 +213,7 @@ func (o *Objects) SetConfig(c Config) error {
 	v := weaveCfg{
 		Self: uint32(c.Self), VxlanIf: c.VXLAN, TapIf: c.TAP, Flags: c.Features,
 		JoinIf: c.Join, Port: uint32(bits.ReverseBytes16(c.Port)), DirectUntil: uint64(c.DirectUntil),
+		LeaseUntil: uint64(c.LeaseUntil),
 	}
 	if err := o.objs.Config.Put(uint32(0), v); err != nil {
 		return fmt.Errorf("BPF configuration: %w", err)
@@ -226,5 +230,6 @@ func (o *Objects) Config() (Config, error) {
 	return Config{
 		Self: uint16(v.Self), VXLAN: v.VxlanIf, TAP: v.TapIf, Features: v.Flags,
 		Join: v.JoinIf, Port: bits.ReverseBytes16(uint16(v.Port)), DirectUntil: time.Duration(v.DirectUntil),
+		LeaseUntil: time.Duration(v.LeaseUntil),
 	}, nil
 }

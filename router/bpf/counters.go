@@ -11,7 +11,7 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 	"direct_tx", "direct_rx", "direct_relayed", "arp_answered", "nd_answered", "learnt",
 	"dropped_no_path", "dropped_not_neighbour", "dropped_own", "dropped_hop_limit", "dropped_reverse_path",
 	"dropped_backwards", "dropped_spoofed", "dropped_isolated", "dropped_unknown_mac", "dropped_unknown_port",
-	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes", "dropped_flood_limit",
+	"dropped_local", "dropped_malformed", "dropped_send", "dropped_probes", "dropped_flood_limit", "dropped_lease",
 }
 
 // Counters returns the number of frames by event since the maps were made:
@@ -48,6 +48,7 @@ var counterNames = [...]string{ //nolint:gochecknoglobals // a table, never writ
 //	dropped_send           the kernel refused to send
 //	dropped_probes         probes from strangers, or while the daemon is behind
 //	dropped_flood_limit    more of a kind to be flooded than one device may send
+//	dropped_lease          from or to a port here while the lease of its address is over
 func (o *Objects) Counters() (map[string]uint64, error) {
 	out := make(map[string]uint64, len(counterNames))
 	for i, name := range counterNames {

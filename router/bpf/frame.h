@@ -69,6 +69,14 @@ static __always_inline struct cfg *get_config(void)
 	return bpf_map_lookup_elem(&config, &zero);
 }
 
+/* Whether the lease of this host's addresses is over: others may have them by
+ * now. Nothing goes from its ports to other peers, or from there to them; what
+ * it relays goes on. */
+static __always_inline int is_cut_off(struct cfg *c)
+{
+	return c->lease_until && bpf_ktime_get_boot_ns() >= c->lease_until;
+}
+
 /* The first len bytes of the frame, or null when it is shorter. Helpers that
  * change the frame make the pointer invalid. The reads are volatile: a pointer
  * that the compiler keeps in a register as 32 bits is none to the verifier. */

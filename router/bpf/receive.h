@@ -19,6 +19,8 @@ static __always_inline int take_flooded(struct __sk_buff *skb, struct cfg *c, st
 	learn_from_peer(eth, src);
 	if (ttl > 1)
 		flood(skb, src, ttl - 1, t->parent);
+	if (is_cut_off(c))
+		return drop_of(by, COUNT_DROPPED_LEASE);
 	return deliver(skb, c, by_tap);
 }
 
@@ -38,6 +40,8 @@ static __always_inline int receive(struct __sk_buff *skb, struct cfg *c, struct 
 	if (!dst)
 		return take_flooded(skb, c, eth, from, by, src, ttl, by_tap);
 	if (dst == c->self) {
+		if (is_cut_off(c))
+			return drop_of(by, COUNT_DROPPED_LEASE);
 		count(COUNT_RX);
 		learn_from_peer(eth, src);
 		return deliver_unicast(skb, c, eth, by, by_tap);
@@ -168,7 +172,7 @@ static __always_inline int receive_direct(struct __sk_buff *skb, struct cfg *c)
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, &t, sizeof(t)) || !is_plain(&t, c))
 		return PASS;
 	__u32 vni = bpf_ntohl(t.vni) >> 8, src = vni & SHORT_ID, dst = vni >> 12;
-	if (!src || !dst || src == c->self || !is_direct_on(c))
+	if (!src || !dst || src == c->self || !is_direct_on(c) || (dst == c->self && is_cut_off(c)))
 		return PASS;
 	__builtin_memcpy(&remote.b[12], &t.ip.saddr, sizeof(t.ip.saddr));
 	struct neighbour *from = bpf_map_lookup_elem(&neighbours, &remote);

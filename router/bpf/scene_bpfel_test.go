@@ -32,6 +32,7 @@ type sceneCfg struct {
 	JoinIf      uint32
 	Port        uint32
 	DirectUntil uint64
+	LeaseUntil  uint64
 }
 
 type sceneEndpoint struct {

@@ -58,6 +58,7 @@ struct cfg {
 	__u32 join_if; /* joins TCP packets to super-frames; 0: there is none */
 	__u32 port;    /* UDP port of VXLAN, network order */
 	__u64 direct_until; /* ns since boot: the direct way is not used any later */
+	__u64 lease_until;  /* ns since boot, sleep included: the ports here are cut off from then on; 0: never */
 };
 
 /* IPv6, or IPv4 mapped into it; network order */
@@ -203,6 +204,7 @@ enum counter {
 	COUNT_DROPPED_SEND,
 	COUNT_DROPPED_PROBES,
 	COUNT_DROPPED_FLOOD_LIMIT,
+	COUNT_DROPPED_LEASE,
 	COUNT_MAX,
 };
 

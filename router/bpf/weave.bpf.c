@@ -195,6 +195,8 @@ static __always_inline int transmit(struct __sk_buff *skb, struct cfg *c)
 		return send_probe(skb, c);
 	if (is_zero_mac(eth->h_dest) || is_link_local_mac(eth->h_dest))
 		return drop(COUNT_DROPPED_LOCAL);
+	if (is_cut_off(c))
+		return drop(COUNT_DROPPED_LEASE);
 	if (!(eth->h_dest[0] & 1) && find(eth->h_dest, &to)) {
 		/* The bridge floods what it has not learnt yet. */
 		if (!to.peer)
@@ -249,6 +251,8 @@ static __always_inline int take_unicast(struct __sk_buff *skb, struct cfg *c, st
 	if (!(c->flags & FLAG_SHORTCUT))
 		return PASS;
 	if (to.peer) {
+		if (is_cut_off(c))
+			return drop(COUNT_DROPPED_LEASE);
 		count(COUNT_TX);
 		count(COUNT_SHORTCUT);
 		return send(skb, c, c->self, to.peer, HOP_LIMIT, 0, 0);

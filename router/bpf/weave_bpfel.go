@@ -32,6 +32,7 @@ type weaveCfg struct {
 	JoinIf      uint32
 	Port        uint32
 	DirectUntil uint64
+	LeaseUntil  uint64
 }
 
 type weaveCounter uint32
@@ -70,7 +71,8 @@ const (
 	weaveCounterCOUNT_DROPPED_SEND          weaveCounter = 30
 	weaveCounterCOUNT_DROPPED_PROBES        weaveCounter = 31
 	weaveCounterCOUNT_DROPPED_FLOOD_LIMIT   weaveCounter = 32
-	weaveCounterCOUNT_MAX                   weaveCounter = 33
+	weaveCounterCOUNT_DROPPED_LEASE         weaveCounter = 33
+	weaveCounterCOUNT_MAX                   weaveCounter = 34
 )
 
 type weaveEndpoint struct {

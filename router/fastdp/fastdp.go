@@ -251,7 +251,7 @@ func (d *DataPath) adoptConfig() error {
 	case old.Features&bpf.FeatureShortcut == 0:
 		d.barred, d.arp = notLooked, old.Features&bpf.FeatureARP != 0
 	}
-	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.featuresLocked()}
+	d.config = bpf.Config{Self: old.Self, VXLAN: uint32(d.vxlan), TAP: d.findTAP(), Features: d.featuresLocked(), LeaseUntil: old.LeaseUntil}
 	return d.objs.SetConfig(d.config)
 }
 
@@ -267,6 +267,16 @@ func (d *DataPath) setConfigLocked(c bpf.Config) error {
 	}
 	d.config = c
 	return nil
+}
+
+// SetLease has the programs cut the ports here off from other peers from until
+// on, whether this program runs then or not.
+func (d *DataPath) SetLease(until time.Duration) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	c := d.config
+	c.LeaseUntil = until
+	return d.setConfigLocked(c)
 }
 
 // findTAP is the index of the sleeve's device, 0 when it is not there.

@@ -150,6 +150,10 @@ type Switch interface {
 	SetPort(p Port) error
 	// RemovePort forgets a port; a device that is gone already is no error.
 	RemovePort(ifIndex int) error
+	// SetLease cuts the ports here off from other peers from until on, a time
+	// since boot on the clock that counts sleep (CLOCK_BOOTTIME), even if this
+	// program is dead by then; 0: never. What is relayed for others goes on.
+	SetLease(until time.Duration) error
 	// Counters returns frames counted by event, under stable names.
 	Counters() (map[string]uint64, error)
 }

@@ -24,6 +24,7 @@ const (
 	droppedMalformed
 	droppedSend
 	droppedFloodLimit
+	droppedLease
 	events
 )
 
@@ -33,7 +34,7 @@ func (e event) String() string {
 	return [events]string{
 		"tx", "flooded", "flooded_unknown", "rx", "rx_flooded", "relayed", "to_sleeve", "from_sleeve",
 		"dropped_no_path", "dropped_own", "dropped_hop_limit", "dropped_spoofed", "dropped_isolated",
-		"dropped_unknown_mac", "dropped_local", "dropped_malformed", "dropped_send", "dropped_flood_limit",
+		"dropped_unknown_mac", "dropped_local", "dropped_malformed", "dropped_send", "dropped_flood_limit", "dropped_lease",
 	}[e]
 }
 

@@ -36,6 +36,10 @@ func (s *Switch) serveBridge() error {
 			s.count.add(droppedMalformed)
 			continue
 		}
+		if s.cutOff() {
+			s.count.add(droppedLease)
+			continue
+		}
 		t := s.table.Load()
 		way, event := t.fromBridge(buf[tagsLen+vnetLen:tagsLen+n], segments(buf[tagsLen:], n), s.limits)
 		s.count.add(event)
@@ -79,6 +83,10 @@ func (s *Switch) servePeers() error {
 			}
 		}
 		if !fate.deliver {
+			continue
+		}
+		if s.cutOff() {
+			s.count.add(droppedLease)
 			continue
 		}
 		copy(buf[tagsLen:], buf[:frontLen])

@@ -28,6 +28,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -56,7 +57,8 @@ type Switch struct {
 	far    *os.File // the sleeve's
 	count  counters
 	table  atomic.Pointer[table]
-	limits limits // for the goroutine that reads the TAP
+	limits limits       // for the goroutine that reads the TAP
+	lease  atomic.Int64 // see SetLease
 
 	mu        sync.Mutex // guards what follows, of which table is made
 	self      peer.ShortID
@@ -154,6 +156,23 @@ func (s *Switch) RemovePort(ifIndex int) error {
 	delete(s.ports, ifIndex)
 	s.rebuildLocked()
 	return nil
+}
+
+// SetLease cuts the bridge off from other peers from until on. When this program
+// is dead, it is cut off anyway.
+func (s *Switch) SetLease(until time.Duration) error {
+	s.lease.Store(int64(until))
+	return nil
+}
+
+func (s *Switch) cutOff() bool {
+	until := s.lease.Load()
+	if until == 0 {
+		return false
+	}
+	var t unix.Timespec
+	err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
+	return err != nil || t.Nano() >= until
 }
 
 func (s *Switch) rebuildLocked() {

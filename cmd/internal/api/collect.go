@@ -215,6 +215,11 @@ func (s *Server) ipamReport() *IPAMReport {
 	for _, a := range st.Allocates {
 		r.PendingAllocates = append(r.PendingAllocates, a.Owner+" "+a.CIDR.String())
 	}
+	if st.LeaseLeft > 0 {
+		r.Lease = "ends in " + st.LeaseLeft.Round(time.Second).String() + " without a majority"
+	} else if st.LeaseLeft < 0 {
+		r.Lease = "over since " + (-st.LeaseLeft).Round(time.Second).String()
+	}
 	for _, c := range st.Conflicts {
 		if r.Conflict != "" {
 			r.Conflict += "; "

@@ -133,6 +133,7 @@ type IPAMReport struct {
 	// PendingAllocates holds "<ident> <cidr>" for each waiting request.
 	PendingAllocates []string
 	Conflict         string `json:",omitempty"`
+	Lease            string `json:",omitempty"` // in words; empty when there is none
 }
 
 // IPAMEntry is what one peer holds.

@@ -29,6 +29,9 @@ func WriteStatus(w io.Writer, r *Report) {
 		line("Status", "%s", r.IPAM.Status)
 		line("Range", "%s", r.IPAM.Range)
 		line("DefaultSubnet", "%s", r.IPAM.DefaultSubnet)
+		if r.IPAM.Lease != "" {
+			line("Lease", "%s", r.IPAM.Lease)
+		}
 		if r.IPAM.Conflict != "" {
 			line("Conflict", "%s", r.IPAM.Conflict)
 		}

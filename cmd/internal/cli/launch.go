@@ -103,6 +103,7 @@ func (f *launchFlags) register(c *cobra.Command) {
 	fs.BoolVar(&f.cfg.NoShortcut, "no-shortcut", os.Getenv("WEAVE_NO_SHORTCUT") != "", "let all frames pass the bridge and the host's IP stack, for rules that must see each")
 	fs.StringVar(&f.rng, "ipalloc-range", daemon.DefaultRange, `range to allocate addresses from; "" for none`)
 	fs.StringVar(&f.subnet, "ipalloc-default-subnet", "", "subnet of those who name none (default: the range)")
+	fs.DurationVar(&f.cfg.Lease, "ipalloc-lease", daemon.DefaultLease, "how long a host may be without a majority before its containers are cut off and others take over its addresses; 0: for ever, until weave rmpeer")
 	fs.StringVar(&f.init, "ipalloc-init", "", "how the range is first shared: consensus[=peers], seed=name,..., observer (default: consensus of the peers named and this one)")
 	fs.BoolVar(&f.noDNS, "no-dns", false, "no name service (there is none yet: accepted for scripts that say so)")
 	fs.StringVar(&f.cfg.Password, "password", os.Getenv(passwordEnv), "encrypt all that goes between peers; all need the same (better given as "+passwordEnv+": others on this host can read command lines)")

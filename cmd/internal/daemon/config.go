@@ -12,8 +12,10 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"time"
 
 	"weave.local/ipam"
+	"weave.local/ipam/register"
 	"weave.local/peer"
 	"weave.local/proxy"
 )
@@ -29,6 +31,13 @@ const (
 	DefaultPluginSocket = "/run/docker/plugins/weave.sock"
 	// pluginSpec answers Docker while that socket is not there.
 	pluginSpec = "/etc/docker/plugins/weave.spec"
+)
+
+// DefaultLease is how long a host may be without the others before it gives up
+// its addresses; minLease is what there must be at least.
+const (
+	DefaultLease = 24 * time.Hour
+	minLease     = time.Second
 )
 
 // Names of files in the run and data folders.
@@ -76,6 +85,9 @@ type Config struct {
 	Range         netip.Prefix // invalid: no allocation
 	DefaultSubnet netip.Prefix // invalid: Range
 	Init          string       // how the range is first shared; empty: by consensus
+	// Lease is how long this host may be without the others before it gives up
+	// its addresses; 0: for ever.
+	Lease time.Duration
 
 	RunDir, DataDir string
 	StatusAddr      string // host:port; empty: none
@@ -147,6 +159,9 @@ func (c *Config) checkIPAM() error {
 		if !c.DefaultSubnet.Overlaps(c.Range) {
 			return fmt.Errorf("--ipalloc-default-subnet %s lies outside --ipalloc-range %s", c.DefaultSubnet, c.Range)
 		}
+	}
+	if c.Lease != 0 && (c.Lease < minLease || c.Lease > register.MaxLease) {
+		return fmt.Errorf("--ipalloc-lease %v: want 0, for no lease, or %v to %v", c.Lease, minLease, register.MaxLease)
 	}
 	_, err := c.bootstrap()
 	return err

@@ -222,8 +222,14 @@ func (d *daemon) openIPAM() error {
 		Send:          func(to peer.Name, b []byte) error { return d.mesh.Send(to, ipamKind, b) },
 		Reachable:     d.reachable,
 		Nick:          d.nick,
-		Changed:       func() { d.gossip.Announce(ipamState) },
-		Log:           d.log.With("part", "ipam"),
+		Changed: func() {
+			d.gossip.Announce(ipamState)
+			d.router.Recheck()
+		},
+		Lease: d.cfg.Lease,
+		Fence: func(until time.Duration) error { return d.router.SetLease(until) },
+		Lost:  func(owner string, addr netip.Prefix) { d.attach.Lose(owner, addr) },
+		Log:   d.log.With("part", "ipam"),
 	})
 	if err != nil {
 		return err
@@ -274,7 +280,11 @@ func (d *daemon) openPaths(context.Context) error {
 		d.undo.onFailure(func() { _ = netdev.DeleteLink(bridgeName) })
 	}
 	table := d.gossip.Table(router.TableName)
-	d.router = router.New(router.Config{Mesh: d.mesh, Table: table, MTU: d.mtu, Log: d.log.With("part", "router")})
+	cfg := router.Config{Mesh: d.mesh, Table: table, MTU: d.mtu, Log: d.log.With("part", "router")}
+	if d.alloc != nil {
+		cfg.Granted = d.alloc.Granted
+	}
+	d.router = router.New(cfg)
 	var err error
 	if d.sleeve, err = sleeve.New(d.sleeveConfig()); err != nil {
 		return err
@@ -289,7 +299,10 @@ func (d *daemon) openPaths(context.Context) error {
 		paths = paths[1:]
 	}
 	d.router.Use(sw, paths...)
-	return nil
+	if d.alloc == nil {
+		return d.router.SetLease(0)
+	}
+	return d.alloc.FenceNow()
 }
 
 // openRouting makes what joins containers and host.

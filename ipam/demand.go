@@ -32,8 +32,8 @@ const (
 // or for one address.
 type search struct {
 	since         time.Time
-	term, version uint64 // what denied refers to
-	denied        map[peer.Name]bool
+	term, version uint64               // what denied refers to
+	denied        map[peer.Name]uint64 // with how many of them are in use there
 	silent        map[peer.Name]bool
 	asked         peer.Name
 	id            uint64
@@ -166,7 +166,7 @@ func (a *Allocator) pursue(now time.Time, key netip.Prefix, st *register.State, 
 	}
 	if s.denied == nil || s.term != st.Term || s.version != st.Version {
 		s.term, s.version = st.Term, st.Version
-		s.denied, s.silent = map[peer.Name]bool{}, map[peer.Name]bool{}
+		s.denied, s.silent = map[peer.Name]uint64{}, map[peer.Name]bool{}
 	}
 	if now.Before(s.next) {
 		return
@@ -182,8 +182,9 @@ func (a *Allocator) pursue(now time.Time, key netip.Prefix, st *register.State, 
 	}
 	var reachable, lost []peer.Name
 	for _, owner := range owners(st, key) {
+		_, denied := s.denied[owner]
 		switch {
-		case owner == a.self.Name || s.denied[owner]:
+		case owner == a.self.Name || denied:
 		case s.silent[owner] || !slices.Contains(peers, owner):
 			lost = append(lost, owner)
 		default:
@@ -245,7 +246,7 @@ func (a *Allocator) giveUp(now time.Time, key netip.Prefix, s *search, st *regis
 	case len(lost) == 0 && key.IsSingleIP():
 		s.next = now.Add(laterWait) // the owner changes just now
 	case len(lost) == 0:
-		a.fail(key, fmt.Errorf("%w in %s: %s", ErrExhausted, key, a.shares(st, key)))
+		a.fail(key, fmt.Errorf("%w in %s: %s", ErrExhausted, key, a.shares(st, key, s)))
 	case key.IsSingleIP() && now.Sub(s.since) > claimWait:
 		a.lose(key.Addr(), lost[0])
 		a.fail(key, fmt.Errorf("%s belongs to %s, which is not reachable; if it is off for good, run weave rmpeer %[2]s", key.Addr(), a.nick(lost[0])))
@@ -256,17 +257,36 @@ func (a *Allocator) giveUp(now time.Time, key netip.Prefix, s *search, st *regis
 	}
 }
 
-// shares says in words who holds how many addresses of a subnet.
-func (a *Allocator) shares(st *register.State, key netip.Prefix) string {
+// shares says in words who uses how many addresses of a subnet.
+func (a *Allocator) shares(st *register.State, key netip.Prefix, s *search) string {
 	hosts, _ := space.Hosts(key)
 	var parts []string
+	used := uint64(0)
 	for _, name := range owners(st, key) {
-		parts = append(parts, fmt.Sprintf("%s holds %d", a.nick(name), st.Owned(name).SizeIn(hosts)))
+		n := s.denied[name]
+		if name == a.self.Name {
+			n = a.usedIn(key)
+		}
+		used += n
+		parts = append(parts, fmt.Sprintf("%s %d", a.nick(name), n))
 	}
+	text := fmt.Sprintf("%d of %d in use (%s)", used, hosts.Size(), strings.Join(parts, ", "))
 	if in, _ := hosts.Intersect(space.FromPrefix(a.cfg.Range)); in.Size() < hosts.Size() {
-		parts = append(parts, fmt.Sprintf("the rest is outside the range %s", a.cfg.Range))
+		text += fmt.Sprintf("; the rest is outside the range %s", a.cfg.Range)
 	}
-	return strings.Join(parts, ", ")
+	return text
+}
+
+// usedIn is how many addresses of a subnet are in use here.
+func (a *Allocator) usedIn(subnet netip.Prefix) (n uint64) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for addr := range a.records {
+		if subnet.Contains(addr) && a.space.Owns(addr) {
+			n++
+		}
+	}
+	return n
 }
 
 // fail ends every call that waits for key.

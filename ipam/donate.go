@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"time"
 
 	"weave.local/ipam/register"
@@ -26,6 +27,9 @@ func (a *Allocator) serve(now time.Time, from peer.Name, q ask) {
 	if !ok || n.id != q.id {
 		n = answer{cluster: st.Cluster, id: q.id, term: st.Term, version: st.Version}
 		n.code, n.text = a.donate(from, q.want)
+		if n.code == answerNone {
+			n.text = strconv.FormatUint(a.usedIn(q.want), 10)
+		}
 		if n.code == answerGiven {
 			a.served[from] = n // a doubled question is not to be given to twice
 		}
@@ -91,7 +95,7 @@ func (a *Allocator) answered(now time.Time, from peer.Name, n answer) {
 		case n.code == answerHeld:
 			a.taken(now, key, s, from, n.text)
 		case n.code == answerNone && same && !key.IsSingleIP():
-			s.denied[from] = true
+			s.denied[from], _ = strconv.ParseUint(n.text, 10, 64) // older peers say nothing
 			s.asked, s.next = 0, time.Time{}
 		default:
 			s.asked, s.next = 0, now.Add(laterWait)

@@ -20,7 +20,8 @@
 //	2 ask     format=1 · cluster[16] · id[8] · term · version · prefix
 //	          for one address (a prefix of full length) or any of a subnet
 //	3 answer  format=1 · cluster[16] · id[8] · term · version · u8 code · n, text
-//	          code 1 given, 2 none free, 3 held (text says by whom), 4 ask later
+//	          code 1 given, 2 none free (text: how many are in use),
+//	          3 held (text says by whom), 4 ask later
 //	4 meet    format=1 · cluster[16] · range prefix · u8 (1: only member, nothing
 //	          in use), between peers of two clusters
 //
@@ -47,6 +48,7 @@ import (
 
 	"weave.local/ipam/register"
 	"weave.local/ipam/space"
+	"weave.local/ipam/uptime"
 	"weave.local/peer"
 	"weave.local/peer/state"
 )
@@ -125,21 +127,20 @@ type Allocator struct {
 	kick  chan struct{} // capacity 1: look at what is wanted
 
 	// Owned by Run's goroutine.
-	node       *register.Node
-	rand       *rand.Rand
-	pending    register.Effects
-	writes     map[string][]byte
-	out        []envelope
-	searches   map[netip.Prefix]*search
-	served     map[peer.Name]answer // the last answer to each asker
-	strange    map[peer.Name]*stranger
-	lastID     uint64
-	lease      register.Lease
-	leaseKept  time.Duration // its end on disk
-	fenced     time.Duration // what Fence was told last,
-	fencedOnce bool          // if it was
-	retry      time.Time     // of a write that went wrong
-	tellNext   time.Time     // when to tell again that we left
+	node      *register.Node
+	rand      *rand.Rand
+	pending   register.Effects
+	writes    map[string][]byte
+	out       []envelope
+	searches  map[netip.Prefix]*search
+	served    map[peer.Name]answer // the last answer to each asker
+	strange   map[peer.Name]*stranger
+	lastID    uint64
+	lease     register.Lease
+	leaseKept time.Duration // its end on disk
+	fenced    time.Duration // what Fence was told last; below 0: nothing yet
+	retry     time.Time     // of a write that went wrong
+	tellNext  time.Time     // when to tell again that we left
 
 	mu       sync.Mutex
 	changed  chan struct{} // closed and replaced with every change of what follows
@@ -193,7 +194,7 @@ func New(cfg Config) (*Allocator, error) {
 		waiters: map[*waiter]bool{}, removing: map[peer.Name]bool{}, tell: map[peer.Name]bool{},
 		conflict: map[peer.Name]conflict{},
 	}
-	a.lastID = a.rand.Uint64()
+	a.lastID, a.fenced = a.rand.Uint64(), -1
 	if err := a.load(); err != nil {
 		return nil, err
 	}
@@ -217,10 +218,10 @@ func check(cfg *Config) error {
 		return fmt.Errorf("lease of addresses %v: want 0, for none, to %v", cfg.Lease, register.MaxLease)
 	}
 	if cfg.Uptime == nil {
-		cfg.Uptime = bootTime
+		cfg.Uptime = uptime.Now
 	}
 	if cfg.Boot == "" {
-		cfg.Boot = bootID()
+		cfg.Boot = uptime.Boot()
 	}
 	if cfg.Init.Mode == Seed && len(cfg.Init.Seeds) == 0 {
 		return errors.New("seed list is empty; name at least one peer")

@@ -4,11 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
-	"os"
-	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"weave.local/ipam/register"
 	"weave.local/peer"
@@ -20,24 +16,6 @@ const (
 	// lossesShown is how many lost addresses are remembered for people.
 	lossesShown = 16
 )
-
-// bootTime is the clock of leases: since boot, times of sleep included.
-func bootTime() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		return 1<<63 - 1 // of a clock that cannot be read every lease is over
-	}
-	return time.Duration(t.Nano())
-}
-
-// bootID tells one boot of this machine from another.
-func bootID() string {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b))
-}
 
 func encodeLease(boot string, until time.Duration) []byte {
 	b := binary.BigEndian.AppendUint64([]byte{register.Format}, uint64(until))
@@ -100,13 +78,13 @@ func (a *Allocator) fence() error {
 		return nil
 	}
 	until := a.lease.Fence(s, stray)
-	if a.fencedOnce && a.fenced == until {
+	if a.fenced == until {
 		return nil
 	}
 	if err := a.cfg.Fence(until); err != nil {
 		return err
 	}
-	a.fenced, a.fencedOnce = until, true
+	a.fenced = until
 	return nil
 }
 
@@ -184,9 +162,6 @@ func (a *Allocator) Granted() func(peer.Name, netip.Addr) bool {
 	s := a.state
 	a.mu.Unlock()
 	return func(name peer.Name, addr netip.Addr) bool {
-		if s == nil {
-			return true
-		}
 		g, ok := s.Owner(addr)
 		return !ok || g.Owner == name
 	}

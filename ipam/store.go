@@ -2,7 +2,6 @@ package ipam
 
 import (
 	"cmp"
-	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
@@ -174,22 +173,9 @@ func (a *Allocator) loadRegister(all map[string][]byte, corrupt func(string, err
 		names := slices.Clone(a.cfg.Init.Seeds)
 		slices.Sort(names)
 		names = slices.Compact(names)
-		return register.Computed(seedCluster(a.cfg.Range, names), a.cfg.Range, names), nil
+		return register.Computed(register.SeedCluster(a.cfg.Range, names), a.cfg.Range, names), nil
 	}
 	return st, all[keyAcceptor]
-}
-
-// seedCluster is the id that every peer with the same list comes to.
-func seedCluster(rng netip.Prefix, names []peer.Name) register.Cluster {
-	b := register.AppendPrefix(nil, rng)
-	for _, n := range names {
-		b = register.AppendName(b, n)
-	}
-	sum := sha256.Sum256(b)
-	c := register.Cluster(sum[:16])
-	c[6] = c[6]&0x0f | 0x80 // UUID version 8: made by a rule of our own
-	c[8] = c[8]&0x3f | 0x80
-	return c
 }
 
 // loadStore takes the store's name, and makes one when there is none.

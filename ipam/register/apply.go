@@ -2,6 +2,7 @@ package register
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"math/bits"
 	"net/netip"
 	"slices"
@@ -366,4 +367,18 @@ func Computed(id Cluster, rng netip.Prefix, names []peer.Name) *State {
 		}
 	}
 	return s
+}
+
+// SeedCluster is the id that every peer with the same sorted list of names comes
+// to.
+func SeedCluster(rng netip.Prefix, names []peer.Name) Cluster {
+	b := AppendPrefix(nil, rng)
+	for _, n := range names {
+		b = AppendName(b, n)
+	}
+	sum := sha256.Sum256(b)
+	c := Cluster(sum[:16])
+	c[6] = c[6]&0x0f | 0x80 // UUID version 8: made by a rule of our own
+	c[8] = c[8]&0x3f | 0x80
+	return c
 }

@@ -27,9 +27,9 @@ const (
 	maxAttempts = 4
 	// renewals is how many are sent during a lease.
 	renewals = 100
-	// renewMin is the least time between two, and renewAgain the most as long
+	// renewLeast is the least time between two, and renewAgain the most as long
 	// as the last one has not been acknowledged.
-	renewMin   = 100 * time.Millisecond
+	renewLeast = 100 * time.Millisecond
 	renewAgain = time.Second
 )
 
@@ -148,7 +148,7 @@ func (l *Lease) Renew(now time.Duration, nonce uint64, s *State) (Renewal, bool)
 	if len(l.attempts) > maxAttempts {
 		l.attempts = slices.Delete(l.attempts, 0, 1)
 	}
-	l.next = now + min(max(length/renewals, renewMin), renewAgain)
+	l.next = now + min(max(length/renewals, renewLeast), renewAgain)
 	return r, true
 }
 
@@ -175,7 +175,7 @@ func (l *Lease) Answered(a Answer, s *State) bool {
 	}
 	sent := t.sent
 	l.attempts = slices.Delete(l.attempts, 0, i+1)
-	l.next = max(l.next, sent+max(length/renewals, renewMin))
+	l.next = max(l.next, sent+max(length/renewals, renewLeast))
 	until := sent + length
 	if until <= l.until {
 		return false

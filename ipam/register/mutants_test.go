@@ -24,7 +24,7 @@ func mutants() []mutant {
 		{"the lease lasts from when the answer comes", []edit{
 			{"lease.go", "Answered(a Answer, s *State) bool", "Answered(now time.Duration, a Answer, s *State) bool"},
 			{"lease.go", "until := sent + length", "until := now + length"},
-			{"model_test.go", "h.lease.Answered(a,", "h.lease.Answered(h.uptime(), a,"},
+			{"model_host_test.go", "h.lease.Answered(a,", "h.lease.Answered(h.uptime(), a,"},
 		}},
 		{"one keeper is enough for a lease", []edit{{"lease.go", "if !majority(len(t.acks), len(s.Keepers)) {", "if len(t.acks) == 0 {"}}},
 		{"one keeper is enough to take back", []edit{{"watch.go", "if majority(len(by), len(committee)) {", "if len(by) > 0 {"}}},
@@ -72,7 +72,7 @@ func TestMutants(t *testing.T) {
 // overlay writes the edited files and what go build needs to take them.
 func (m *mutant) overlay(t *testing.T) string {
 	t.Helper()
-	dir, here := t.TempDir(), ""
+	dir := t.TempDir()
 	here, err := os.Getwd()
 	if err != nil {
 		t.Fatal(err)

@@ -117,8 +117,11 @@ func (s *State) Keeper(id ID) bool {
 	return ok && m.Is(id) && slices.Contains(s.Keepers, id.Name)
 }
 
-// Owner is the grant that holds a.
+// Owner is the grant that holds a; there is none in a nil State.
 func (s *State) Owner(a netip.Addr) (Grant, bool) {
+	if s == nil {
+		return Grant{}, false
+	}
 	i, _ := slices.BinarySearchFunc(s.Grants, a, func(g Grant, a netip.Addr) int { return g.Last.Compare(a) })
 	if i < len(s.Grants) && s.Grants[i].Contains(a) {
 		return s.Grants[i], true

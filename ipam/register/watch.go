@@ -9,10 +9,10 @@ import (
 )
 
 const (
-	// lookMin and lookMax bound the time between two looks at the silence of
+	// lookLeast and lookMost bound the time between two looks at the silence of
 	// members, a hundredth of the shortest lease.
-	lookMin = 50 * time.Millisecond
-	lookMax = time.Minute
+	lookLeast = 50 * time.Millisecond
+	lookMost  = time.Minute
 	// keep is the part of a lease by which the silence on disk may lag behind.
 	keep = 8
 	// retake is how long after a round in which no majority had frozen anybody
@@ -77,10 +77,10 @@ func (n *Node) keeps() bool {
 
 // look is the time between two looks.
 func (n *Node) look() time.Duration {
-	every := lookMax
+	every := lookMost
 	for _, m := range n.state.Members {
 		if m.Lease > 0 {
-			every = min(every, max(m.Lease/renewals, lookMin))
+			every = min(every, max(m.Lease/renewals, lookLeast))
 		}
 	}
 	return every

@@ -48,9 +48,9 @@ func (m *Manager) takeLost(ctx context.Context) error {
 // Docker network loses its interface: Docker cannot be told of another address.
 func (m *Manager) take(ctx context.Context, c claim) error {
 	id, as := m.holder(c.addr.Addr())
-	switch {
-	case id == "":
-	case id == HostID:
+	switch id {
+	case "":
+	case HostID:
 		if _, err := m.Hide(ctx, []Request{{IP: as}}); err != nil {
 			return err
 		}

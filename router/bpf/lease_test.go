@@ -4,18 +4,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"weave.local/ipam/uptime"
 )
-
-// sinceBoot is the clock that leases end by.
-func sinceBoot(t *testing.T) time.Duration {
-	t.Helper()
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &now); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(now.Nano())
-}
 
 // When the lease is over, nothing goes from ports here to other peers nor comes
 // from there to them, by no way; what is relayed goes on.
@@ -32,7 +22,7 @@ func TestLease(t *testing.T) {
 	plain := b.Features()
 	cut := func(what string, wanted bool) {
 		t.Helper()
-		to(map[bool]time.Duration{true: sinceBoot(t) - 1, false: sinceBoot(t) + time.Hour}[wanted], plain)
+		to(map[bool]time.Duration{true: uptime.Now() - 1, false: uptime.Now() + time.Hour}[wanted], plain)
 		o := b.run("scene_vxlan_out", sceneScene{}, out)
 		if dropped := b.counted()["dropped_lease"] == 1 && o.Verdict == verdictDrop; dropped != wanted {
 			t.Errorf("%s, sent by the bridge: %+v, %v", what, o, b.counted())

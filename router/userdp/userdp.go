@@ -33,6 +33,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"weave.local/ipam/uptime"
 	"weave.local/peer"
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
@@ -170,9 +171,7 @@ func (s *Switch) cutOff() bool {
 	if until == 0 {
 		return false
 	}
-	var t unix.Timespec
-	err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t)
-	return err != nil || t.Nano() >= until
+	return uptime.Now() >= time.Duration(until)
 }
 
 func (s *Switch) rebuildLocked() {

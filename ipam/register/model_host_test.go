@@ -76,7 +76,7 @@ func (h *machine) start() {
 	if d.register != nil {
 		s, _ = ParseState(d.register)
 	}
-	cfg := Config{Self: ID{h.name, d.store}, Range: netip.MustParsePrefix(modelRange), Quorum: modelHosts, Rand: h.w.rand}
+	cfg := Config{Self: ID{h.name, d.store}, Range: netip.MustParsePrefix(modelRange), Quorum: h.w.size, Rand: h.w.rand}
 	node, err := New(cfg, s, d.acceptor)
 	if err != nil {
 		d.store = h.w.rand.Uint64() | 1
@@ -308,7 +308,7 @@ func (h *machine) allocate() bool {
 		}
 	}
 	if len(h.wanted) == 0 && h.node != nil {
-		h.wanted = []Op{{Kind: OpGrant, Subnet: netip.MustParsePrefix(modelRange), Peers: modelHosts}}
+		h.wanted = []Op{{Kind: OpGrant, Subnet: netip.MustParsePrefix(modelRange), Peers: uint64(h.w.size)}}
 	}
 	return false
 }
@@ -359,7 +359,7 @@ func (h *machine) give() {
 		own.Remove(space.Single(a))
 	}
 	block, ok := Donation(&own, netip.MustParsePrefix(modelRange))
-	to := h.w.hosts[h.w.rand.IntN(modelHosts)].name
+	to := h.w.hosts[h.w.rand.IntN(len(h.w.hosts))].name
 	if ok && to != h.name && h.pass() {
 		h.disk.giving[block], h.own = to, nil
 		h.w.did["give"]++

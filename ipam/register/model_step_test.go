@@ -12,7 +12,7 @@ import (
 // ---- a run ----
 
 func (w *model) step() {
-	h := w.hosts[w.rand.IntN(modelHosts)]
+	h := w.hosts[w.rand.IntN(len(w.hosts))]
 	switch what := w.rand.IntN(100); {
 	case h.dead:
 	case !h.on:
@@ -56,7 +56,7 @@ func (w *model) step() {
 			for range 4 {
 				w.pass(time.Duration(w.rand.Int64N(int64(modelLease))))
 				w.gossip()
-				h = w.hosts[w.rand.IntN(modelHosts)]
+				h = w.hosts[w.rand.IntN(len(w.hosts))]
 				if h.on && !h.asleep && h.node != nil {
 					h.allocate()
 				}
@@ -105,7 +105,7 @@ func (w *model) harm(h *machine, what int) {
 		h.die()
 		clear(h.live)
 	case what >= 87 && what < 90: // a person says so
-		off := w.hosts[w.rand.IntN(modelHosts)]
+		off := w.hosts[w.rand.IntN(len(w.hosts))]
 		if off.dead {
 			w.did["rmpeer"]++
 			h.removes = []peer.Name{off.name}

@@ -65,6 +65,7 @@ func (q *mail) Pop() any {
 type model struct {
 	rand   *rand.Rand
 	now    time.Duration // true time
+	size   int
 	hosts  []*machine
 	mail   mail
 	order  int
@@ -82,7 +83,8 @@ func newModel(seed uint64) *model {
 		rand: rand.New(rand.NewPCG(seed, 7)), cut: map[[2]peer.Name]bool{}, now: time.Hour,
 		chosen: map[[2]uint64]string{}, epochs: map[peer.Name]uint64{}, did: map[string]int{},
 	}
-	for i := range modelHosts {
+	w.size = modelHosts + 2*int(seed%2) // also more than can be keepers
+	for i := range w.size {
 		h := &machine{w: w, name: peer.Name(i + 1), rate: 0.98 + 0.04*w.rand.Float64(), live: map[netip.Addr]bool{}}
 		h.disk = disk{own: map[netip.Addr]bool{}, giving: map[space.Range]peer.Name{}}
 		w.hosts = append(w.hosts, h)
@@ -170,7 +172,7 @@ func (w *model) pass(d time.Duration) {
 
 // gossip lets one host tell another its register.
 func (w *model) gossip() {
-	a, b := w.hosts[w.rand.IntN(modelHosts)], w.hosts[w.rand.IntN(modelHosts)]
+	a, b := w.hosts[w.rand.IntN(len(w.hosts))], w.hosts[w.rand.IntN(len(w.hosts))]
 	if a == b || a.node == nil || b.node == nil || !a.on || !b.on || a.asleep || b.asleep || b.stalled ||
 		a.node.State() == nil || w.cut[[2]peer.Name{a.name, b.name}] {
 		return

@@ -181,7 +181,7 @@ func (a *Allocator) pursue(now time.Time, key netip.Prefix, st *register.State, 
 		s.asked = 0
 	}
 	var reachable, lost []peer.Name
-	for _, owner := range owners(st, key) {
+	for _, owner := range st.Owners(key) {
 		_, denied := s.denied[owner]
 		switch {
 		case owner == a.self.Name || denied:
@@ -202,21 +202,6 @@ func (a *Allocator) pursue(now time.Time, key netip.Prefix, st *register.State, 
 	default:
 		a.giveUp(now, key, s, st, lost)
 	}
-}
-
-// owners are those who are granted some of what is sought.
-func owners(st *register.State, key netip.Prefix) []peer.Name {
-	sought, ok := space.Hosts(key)
-	if !ok {
-		sought = space.FromPrefix(key)
-	}
-	var out []peer.Name
-	for _, g := range st.Grants {
-		if _, overlap := g.Intersect(sought); overlap && !slices.Contains(out, g.Owner) {
-			out = append(out, g.Owner)
-		}
-	}
-	return out
 }
 
 // inTransit says whether this peer is itself giving some of it away.
@@ -262,7 +247,7 @@ func (a *Allocator) shares(st *register.State, key netip.Prefix, s *search) stri
 	hosts, _ := space.Hosts(key)
 	var parts []string
 	used := uint64(0)
-	for _, name := range owners(st, key) {
+	for _, name := range st.Owners(key) {
 		n := s.denied[name]
 		if name == a.self.Name {
 			n = a.usedIn(key)

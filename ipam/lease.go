@@ -1,7 +1,6 @@
 package ipam
 
 import (
-	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"time"
@@ -17,22 +16,11 @@ const (
 	lossesShown = 16
 )
 
-func encodeLease(boot string, until time.Duration) []byte {
-	b := binary.BigEndian.AppendUint64([]byte{register.Format}, uint64(until))
-	return append(b, boot...)
-}
-
 // loadLease takes over the lease of an earlier run in the same boot. Of one that
 // is not known nothing is left.
 func (a *Allocator) loadLease(b []byte, st *register.State) {
 	a.lease = register.Lease{Self: a.self, Want: a.cfg.Lease}
-	if len(b) > 9 && b[0] == register.Format && string(b[9:]) == a.cfg.Boot {
-		a.lease.Set(time.Duration(binary.BigEndian.Uint64(b[1:])))
-	} else if st != nil {
-		if m, ok := st.Member(a.self.Name); !ok || m.Lease > 0 {
-			a.lease.Set(register.LeaseOver)
-		}
-	}
+	a.lease.Load(b, a.cfg.Boot, st)
 	a.leaseEnd, a.leaseKept = a.lease.Until(), a.lease.Until()
 }
 
@@ -60,7 +48,7 @@ func (a *Allocator) saveLease() {
 		return
 	}
 	a.leaseKept = until
-	a.writes[keyLease] = encodeLease(a.cfg.Boot, until)
+	a.writes[keyLease] = a.lease.Append(nil, a.cfg.Boot)
 }
 
 // fence has the containers here cut off from when the lease is over, or at once
@@ -159,10 +147,6 @@ func (a *Allocator) lose(addr netip.Addr, to peer.Name) {
 // another.
 func (a *Allocator) Granted() func(peer.Name, netip.Addr) bool {
 	a.mu.Lock()
-	s := a.state
-	a.mu.Unlock()
-	return func(name peer.Name, addr netip.Addr) bool {
-		g, ok := s.Owner(addr)
-		return !ok || g.Owner == name
-	}
+	defer a.mu.Unlock()
+	return a.state.Allows
 }

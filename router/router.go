@@ -218,18 +218,6 @@ func (r *Router) Publish() {
 	r.cfg.Table.Load(entries)
 }
 
-// SetLease cuts the containers here off from other peers from until on; see
-// overlay.Switch.
-func (r *Router) SetLease(until time.Duration) error {
-	if err := r.sw.SetLease(until); err != nil {
-		return fmt.Errorf("lease: %w", err)
-	}
-	return nil
-}
-
-// Recheck looks anew at which addresses other peers may have.
-func (r *Router) Recheck() { r.nudge() }
-
 // Forget drops what is remembered of a peer that was removed for good. If an
 // earlier run knew it, only its short id is left, and which that is nobody
 // knows: all that is inherited goes.
@@ -449,10 +437,7 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 		ep  overlay.Endpoint
 	}
 	best := make(map[overlay.MAC]claim, len(entries))
-	granted := func(peer.Name, netip.Addr) bool { return true }
-	if r.cfg.Granted != nil {
-		granted = r.cfg.Granted()
-	}
+	granted := r.granted()
 	refused := map[string]bool{}
 	for _, p := range r.local {
 		if p.seq > best[p.MAC].seq {
@@ -471,17 +456,8 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 		if ep.Peer = r.plan.routes[e.Origin].info.ShortID; ep.Peer == 0 {
 			continue
 		}
-		if had := len(ep.Addrs); had > 0 {
-			ep.Addrs = slices.DeleteFunc(ep.Addrs, func(a netip.Prefix) bool {
-				no := !granted(e.Origin, a.Addr())
-				if no {
-					refused[fmt.Sprintf("%s of peer %s", a.Addr(), e.Origin)] = true
-				}
-				return no
-			})
-			if len(ep.Addrs) == 0 {
-				continue
-			}
+		if !allow(&ep, e.Origin, granted, refused) {
+			continue
 		}
 		if c, ok := best[ep.MAC]; !ok || seq > c.seq {
 			best[ep.MAC] = claim{seq: seq, ep: ep}
@@ -495,17 +471,6 @@ func (r *Router) remoteLocked(entries []gossip.Entry, self peer.Name) []overlay.
 		}
 	}
 	return out
-}
-
-// refuseLocked takes note of the announced addresses that are another peer's,
-// and logs those that are new.
-func (r *Router) refuseLocked(now map[string]bool) {
-	for a := range now {
-		if !r.refused[a] {
-			r.cfg.Log.Warn("address announced that another peer has been granted; it is not used", "address", a)
-		}
-	}
-	r.refused = now
 }
 
 // complainLocked logs a bad entry once; it disturbs nothing else.

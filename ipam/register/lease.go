@@ -1,6 +1,7 @@
 package register
 
 import (
+	"encoding/binary"
 	"slices"
 	"time"
 )
@@ -67,6 +68,27 @@ func (l *Lease) Until() time.Duration { return l.until }
 // Set makes the lease end at until, whatever it was.
 func (l *Lease) Set(until time.Duration) {
 	l.until, l.next, l.attempts = until, 0, nil
+}
+
+// Append writes when the lease is over behind b: Format, eight octets of
+// nanoseconds since boot, and the id of that boot.
+func (l *Lease) Append(b []byte, boot string) []byte {
+	return append(binary.BigEndian.AppendUint64(append(b, Format), uint64(l.until)), boot...)
+}
+
+// Load takes over what an earlier run wrote, if that was in the same boot. Of a
+// lease that is not known, nothing is left.
+func (l *Lease) Load(b []byte, boot string, s *State) {
+	if len(b) > 9 && b[0] == Format && string(b[9:]) == boot {
+		l.Set(time.Duration(binary.BigEndian.Uint64(b[1:])))
+		return
+	}
+	if s == nil {
+		return
+	}
+	if m, ok := s.Member(l.Self.Name); !ok || m.Lease > 0 {
+		l.Set(LeaseOver)
+	}
 }
 
 // want is the lease that the register is to have for this peer: none in a

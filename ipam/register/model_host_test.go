@@ -1,6 +1,7 @@
 package register
 
 import (
+	"fmt"
 	"net/netip"
 	"slices"
 	"time"
@@ -14,8 +15,7 @@ type disk struct {
 	store    uint64
 	register []byte
 	acceptor []byte
-	lease    time.Duration // of this boot
-	boot     int
+	lease    []byte
 	own      map[netip.Addr]bool // records: addresses in use
 	giving   map[space.Range]peer.Name
 }
@@ -45,6 +45,7 @@ type machine struct {
 	wanted  []Op
 	removes []peer.Name
 	due     time.Duration // of the next turn
+	written time.Duration // the lease on disk
 	own     *space.Set    // see owned; nil: to be worked out
 }
 
@@ -84,14 +85,8 @@ func (h *machine) start() {
 		node, _ = New(cfg, s, nil)
 	}
 	h.node, h.fuse, h.wanted, h.removes, h.own = node, 0, nil, nil, nil
-	h.lease = Lease{Self: cfg.Self, Want: modelLease}
-	if d.boot == h.boot && d.lease != 0 {
-		h.lease.Set(d.lease)
-	} else if s != nil {
-		if m, ok := s.Member(h.name); !ok || m.Lease > 0 {
-			h.lease.Set(LeaseOver)
-		}
-	}
+	h.lease, h.written = Lease{Self: cfg.Self, Want: modelLease}, 0
+	h.lease.Load(d.lease, fmt.Sprint(h.boot), s)
 	for a := range h.live { // adopted
 		d.own[a] = true
 	}
@@ -126,7 +121,7 @@ func (h *machine) do(e Effects) {
 	for _, a := range e.Answers {
 		h.lease.Answered(a, h.node.State())
 	}
-	if e.Dirty || h.lease.Until() != h.disk.lease {
+	if e.Dirty || h.lease.Until() != h.written {
 		if !h.pass() {
 			return
 		}
@@ -134,7 +129,7 @@ func (h *machine) do(e Effects) {
 			h.disk.register = s.Append(nil)
 		}
 		h.disk.acceptor = h.node.Acceptor()
-		h.disk.lease, h.disk.boot = h.lease.Until(), h.boot
+		h.disk.lease, h.written = h.lease.Append(nil, fmt.Sprint(h.boot)), h.lease.Until()
 	}
 	s := h.node.State()
 	if e.Learned {

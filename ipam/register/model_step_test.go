@@ -121,7 +121,7 @@ func (w *model) canLose() bool {
 		return false
 	}
 	for _, h := range w.hosts {
-		if !h.dead && (h.node == nil || h.node.acc.state != nil) {
+		if !h.dead && (h.node == nil || h.node.acc.state != nil || h.node.round != nil) {
 			return false // another version may be agreed that nobody knows yet
 		}
 	}

@@ -24,9 +24,9 @@ type mutant struct {
 func mutants() []mutant {
 	return []mutant{
 		{"the lease lasts from when the answer comes", "", []edit{
-			{"lease.go", "Answered(a Answer, s *State) bool", "Answered(now time.Duration, a Answer, s *State) bool"},
-			{"lease.go", "until := sent + length", "until := now + length"},
-			{"model_host_test.go", "h.lease.Answered(a,", "h.lease.Answered(h.uptime(), a,"},
+			{"lease.go", "\tnext     time.Duration // of the next renewal\n", "\tnext, heard time.Duration\n"},
+			{"lease.go", "until := sent + length", "until := l.heard + max(0, sent-sent) + length"},
+			{"model_host_test.go", "\t\th.lease.Answered(a,", "\t\th.lease.heard = h.uptime()\n\t\th.lease.Answered(a,"},
 		}},
 		{"one keeper is enough for a lease", "", []edit{{"lease.go", "if !majority(len(t.acks), len(s.Keepers)) {", "if len(t.acks) == 0 {"}}},
 		{"one keeper is enough to take back", "", []edit{{"watch.go", "if majority(len(by), len(committee)) {", "if len(by) > 0 {"}}},

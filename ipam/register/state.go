@@ -129,6 +129,29 @@ func (s *State) Owner(a netip.Addr) (Grant, bool) {
 	return Grant{}, false
 }
 
+// Owners are those who are granted some of what may be handed out of a subnet,
+// or the one address, by address.
+func (s *State) Owners(of netip.Prefix) []peer.Name {
+	sought, ok := space.Hosts(of)
+	if !ok {
+		sought = space.FromPrefix(of)
+	}
+	var out []peer.Name
+	for _, g := range s.Grants {
+		if _, overlap := g.Intersect(sought); overlap && !slices.Contains(out, g.Owner) {
+			out = append(out, g.Owner)
+		}
+	}
+	return out
+}
+
+// Allows says whether a peer may have an address: not when it is granted to
+// another. A nil State allows all.
+func (s *State) Allows(name peer.Name, a netip.Addr) bool {
+	g, ok := s.Owner(a)
+	return !ok || g.Owner == name
+}
+
 // Owned are the addresses granted to name.
 func (s *State) Owned(name peer.Name) *space.Set {
 	var out space.Set

@@ -124,3 +124,42 @@ func TestSilenceOverRestart(t *testing.T) {
 		t.Fatalf("frozen after the next restart: %v, %v", n.frozen(), err)
 	}
 }
+
+// A keeper's silence is longer than a lease by any two clocks of which neither
+// is wrong by more than 2 %.
+func TestMargin(t *testing.T) {
+	for _, lease := range []time.Duration{time.Second, 24 * time.Hour, MaxLease} {
+		longest := time.Duration(float64(lease) / 0.98)          // by the holder's clock
+		shortest := time.Duration(float64(margin(lease)) / 1.02) // by the keeper's
+		if shortest <= longest {
+			t.Errorf("lease of %v: it may last %v, and is over for a keeper after %v", lease, longest, shortest)
+		}
+	}
+}
+
+// A keeper counts silence from when it learned of its committee: not what it met
+// before, as a member or in another committee.
+func TestNewKeeper(t *testing.T) {
+	s := Found(Cluster{1}, netip.MustParsePrefix("10.32.0.0/24"), []ID{{1, 1}, {2, 2}, {3, 3}, {4, 4}})
+	for i := range s.Members {
+		s.Members[i].Lease = 10 * time.Second
+	}
+	next := s.clone()
+	next.Version, next.Committee, next.Keepers = 2, Committee{0, 2}, []peer.Name{1, 2, 4}
+	for _, self := range []ID{{2, 2}, {4, 4}} {
+		n, err := New(Config{Self: self, Range: s.Range, Quorum: 3, Rand: rand.New(rand.NewPCG(1, 1))}, s, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := time.Unix(100, 0)
+		for range 200 {
+			n.Tick(at)
+			at = at.Add(100 * time.Millisecond)
+		}
+		n.Merge(at, 1, next)
+		n.Tick(at)
+		if kept := n.watch.of(Tenancy{1, 1}).lasts; kept != 0 || len(n.frozen()) > 0 {
+			t.Errorf("peer %v begins with a silence of %v, frozen %v", self.Name, kept, n.frozen())
+		}
+	}
+}

@@ -140,8 +140,9 @@ func (w *world) add(n int, init Bootstrap) []*host {
 				return nil
 			},
 			Lost: func(owner string, addr netip.Prefix) {
-				a := h.up()
-				go func() { _ = a.Free(owner, addr.Addr()) }()
+				if a := h.up(); a != nil { // it may die meanwhile
+					go func() { _ = a.Free(owner, addr.Addr()) }()
+				}
 			},
 			Log: slog.New(slog.NewTextHandler(w.t.Output(), &slog.HandlerOptions{Level: slog.LevelWarn})),
 		}

@@ -209,6 +209,9 @@ func TestTwoClustersInUseStayApart(t *testing.T) {
 				t.Fatalf("conflicts %q", st.Conflicts)
 			}
 		}
+		if text := w.peers[0].a.Conflicts()[w.peers[1].name]; text != s.Conflicts[0] {
+			t.Errorf("the conflict with the other peer is %q", text)
+		}
 		for _, h := range w.peers { // each goes on by itself
 			h.must("d", "10.32.1.0/24")
 			h.crash()

@@ -3,6 +3,7 @@ package ipam
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"net/netip"
 	"slices"
@@ -42,6 +43,26 @@ type Status struct {
 	// LeaseLeft how long it may from now on, below 0 when that is over. 0: for
 	// ever.
 	Lease, LeaseLeft time.Duration
+}
+
+// Conflicts returns what is wrong with the address space between this peer and
+// others, such as that they belong to another cluster: a sentence for each.
+func (a *Allocator) Conflicts() map[peer.Name]string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.conflictsLocked()
+}
+
+func (a *Allocator) conflictsLocked() map[peer.Name]string {
+	out := make(map[peer.Name]string, len(a.conflict))
+	for name, c := range a.conflict {
+		if time.Since(c.at) > conflictShown {
+			delete(a.conflict, name)
+			continue
+		}
+		out[name] = c.text
+	}
+	return out
 }
 
 // PeerShare is what one peer holds of the range.
@@ -92,16 +113,9 @@ func (a *Allocator) Status() Status {
 			out.Allocates = append(out.Allocates, Pending{w.owner, w.shown})
 		}
 	}
-	out.Conflicts = append(out.Conflicts, a.losses...)
+	out.Conflicts = slices.AppendSeq(slices.Clone(a.losses), maps.Values(a.conflictsLocked()))
 	if a.leaseEnd != 0 && st != nil {
 		out.Lease, out.LeaseLeft = a.lease.Length(st), a.leaseEnd-a.cfg.Uptime()
-	}
-	for name, c := range a.conflict {
-		if time.Since(c.at) > conflictShown {
-			delete(a.conflict, name)
-			continue
-		}
-		out.Conflicts = append(out.Conflicts, c.text)
 	}
 	a.mu.Unlock()
 	out.State = a.words(v, up)

@@ -135,22 +135,26 @@ func AppendRecord(b []byte, r Record) []byte {
 	b = binary.BigEndian.AppendUint64(b, r.Seq)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(r.Neighbours)))
 	for _, a := range r.Neighbours {
-		b = appendName(b, a.Name)
-		flags := a.spare
-		if a.Outbound {
-			flags |= flagOutbound
-		}
-		if a.NoData {
-			flags |= flagNoData
-		}
-		raw := a.Addr.Addr().Unmap().WithZone("").AsSlice()
-		b = append(b, flags, byte(len(raw)))
-		b = append(b, raw...)
-		b = binary.BigEndian.AppendUint16(b, a.Addr.Port())
+		b = appendAdjacency(b, a)
 	}
 	b = append(b, r.tail...)
 	binary.BigEndian.PutUint32(b[start:], uint32(len(b)-start-4))
 	return b
+}
+
+func appendAdjacency(b []byte, a Adjacency) []byte {
+	b = appendName(b, a.Name)
+	flags := a.spare
+	if a.Outbound {
+		flags |= flagOutbound
+	}
+	if a.NoData {
+		flags |= flagNoData
+	}
+	raw := a.Addr.Addr().Unmap().WithZone("").AsSlice()
+	b = append(b, flags, byte(len(raw)))
+	b = append(b, raw...)
+	return binary.BigEndian.AppendUint16(b, a.Addr.Port())
 }
 
 // ParseRecord reads a record from the front of b and returns what follows it.

@@ -18,6 +18,7 @@ type Snapshot struct{ g *graph }
 type graph struct {
 	records []Record // by name
 	words   int
+	claims  []uint64 // row i: the peers that the record of peer i lists
 	adj     []uint64 // row i: the peers connected to peer i
 	self    int
 	first   []int // by destination: the neighbour to send to, -1 when there is no route
@@ -26,6 +27,7 @@ type graph struct {
 
 	mu    sync.Mutex // guards what follows, which is computed when first asked for
 	trees map[int]tree
+	few   []Name // our neighbours in the spanning tree, when made
 	data  *graph // of the links over which a data path works: this one when these are all
 }
 
@@ -35,14 +37,18 @@ type tree struct {
 	ok       bool
 }
 
-func newGraph(self Name, records []Record) *graph {
-	slices.SortFunc(records, func(a, b Record) int { return int(a.Name) - int(b.Name) })
-	return linkUp(self, records, false)
+// newGraph makes the graph of records. If last is not nil it is one of records
+// of the same peers, earlier ones some of them, and saves most of the work.
+func newGraph(self Name, records []Record, last *graph) *graph {
+	if last == nil {
+		slices.SortFunc(records, func(a, b Record) int { return int(a.Name) - int(b.Name) })
+	}
+	return linkUp(self, records, last, false)
 }
 
 // linkUp makes the graph of records in order, of all links or only of those
 // that frames can take.
-func linkUp(self Name, records []Record, frames bool) *graph {
+func linkUp(self Name, records []Record, last *graph, frames bool) *graph {
 	g := &graph{
 		records: records,
 		words:   (len(records) + 63) / 64,
@@ -50,7 +56,17 @@ func linkUp(self Name, records []Record, frames bool) *graph {
 		trees:   make(map[int]tree),
 	}
 	g.self, _ = g.index(self)
-	g.connect()
+	if last != nil {
+		g.claims, g.adj = slices.Clone(last.claims), slices.Clone(last.adj)
+	} else {
+		g.claims, g.adj = make([]uint64, len(records)*g.words), make([]uint64, len(records)*g.words)
+	}
+	for i := range records {
+		if last == nil || records[i].Seq != last.records[i].Seq || records[i].UID != last.records[i].UID {
+			g.claim(i)
+			g.connect(i)
+		}
+	}
 	g.route()
 	return g
 }
@@ -61,32 +77,37 @@ func (g *graph) index(name Name) (int, bool) {
 
 func (g *graph) row(i int) []uint64 { return g.adj[i*g.words : (i+1)*g.words] }
 
-// connect fills adj. Records and neighbours are both sorted, so one walk along
-// both finds the numbers of a peer's neighbours.
-func (g *graph) connect() {
-	claims := make([]uint64, len(g.records)*g.words)
-	for i, r := range g.records {
-		j := 0
-		for _, a := range r.Neighbours {
-			for j < len(g.records) && g.records[j].Name < a.Name {
-				j++
-			}
-			if j < len(g.records) && g.records[j].Name == a.Name && (!a.NoData || !g.frames) {
-				claims[i*g.words+j/64] |= 1 << (j % 64)
-			}
+// claim fills the row of what the record of a peer lists. Records and neighbours
+// are both sorted, so one walk along both finds the numbers of neighbours.
+func (g *graph) claim(i int) {
+	row := g.claims[i*g.words : (i+1)*g.words]
+	clear(row)
+	j := 0
+	for _, a := range g.records[i].Neighbours {
+		for j < len(g.records) && g.records[j].Name < a.Name {
+			j++
+		}
+		if j < len(g.records) && g.records[j].Name == a.Name && (!a.NoData || !g.frames) {
+			row[j/64] |= 1 << (j % 64)
 		}
 	}
-	g.adj = make([]uint64, len(claims))
-	for i := range g.records {
-		row := claims[i*g.words : (i+1)*g.words]
-		for k, w := range row {
-			for ; w != 0; w &= w - 1 {
-				j := k*64 + bits.TrailingZeros64(w)
-				if claims[j*g.words+i/64]&(1<<(i%64)) != 0 {
-					g.adj[i*g.words+k] |= w & -w
-				}
+}
+
+// connect takes into adj what a peer claims now: the other end has to as well.
+func (g *graph) connect(i int) {
+	bit := uint64(1) << (i % 64)
+	for k, claims := range g.claims[i*g.words : (i+1)*g.words] {
+		now := uint64(0)
+		for w := claims | g.row(i)[k]; w != 0; w &= w - 1 {
+			j := k*64 + bits.TrailingZeros64(w)
+			other := &g.adj[j*g.words+i/64]
+			*other &^= bit
+			if claims&(w&-w) != 0 && g.claims[j*g.words+i/64]&bit != 0 {
+				*other |= bit
+				now |= w & -w
 			}
 		}
+		g.adj[i*g.words+k] = now
 	}
 }
 
@@ -256,7 +277,7 @@ func (s Snapshot) frames() Snapshot {
 		s.g.data = s.g
 		broken := func(a Adjacency) bool { return a.NoData }
 		if slices.ContainsFunc(s.g.records, func(r Record) bool { return slices.ContainsFunc(r.Neighbours, broken) }) {
-			s.g.data = linkUp(s.g.records[s.g.self].Name, s.g.records, true)
+			s.g.data = linkUp(s.g.records[s.g.self].Name, s.g.records, nil, true)
 		}
 	}
 	return Snapshot{s.g.data}
@@ -308,6 +329,71 @@ func (g *graph) tree(source int) tree {
 		}
 	}
 	return t
+}
+
+// branches is how many peers one attaches to the spanning tree at a time.
+const branches = 3
+
+// Spanning returns our neighbours in a tree of all reachable peers which is the
+// same for all of them, and in which nobody has more than four neighbours as
+// far as links allow. Do not modify it.
+func (s Snapshot) Spanning() []Name {
+	if s.g == nil {
+		return nil
+	}
+	s.g.mu.Lock()
+	defer s.g.mu.Unlock()
+	if s.g.few == nil {
+		s.g.few = s.g.spanning()
+	}
+	return s.g.few
+}
+
+// spanning grows the tree from the lowest name; who is in it attaches three of
+// those that are not, and more only when nobody else can.
+func (g *graph) spanning() []Name {
+	left := make([]uint64, g.words)
+	root, count := g.self, -1
+	for i := len(g.records) - 1; i >= 0; i-- {
+		if i == g.self || g.first[i] >= 0 {
+			left[i/64] |= 1 << (i % 64)
+			root = i
+			count++
+		}
+	}
+	left[root/64] &^= 1 << (root % 64)
+	few, tree := []Name{}, []int{root}
+	for count > 0 {
+		before := count
+		for i := 0; i < len(tree); i++ {
+			for _, v := range g.take(tree[i], left) {
+				tree = append(tree, v)
+				count--
+				if v == g.self {
+					few = append(few, g.records[tree[i]].Name)
+				} else if tree[i] == g.self {
+					few = append(few, g.records[v].Name)
+				}
+			}
+		}
+		if count == before {
+			break // not reached: routes say that all can be
+		}
+	}
+	return few
+}
+
+// take removes from left some peers that u is connected to, and returns them.
+func (g *graph) take(u int, left []uint64) (out []int) {
+	for k, w := range g.row(u) {
+		for w &= left[k]; w != 0; w &= w - 1 {
+			left[k] &^= w & -w
+			if out = append(out, k*64+bits.TrailingZeros64(w)); len(out) == branches {
+				return out
+			}
+		}
+	}
+	return out
 }
 
 // Digest tells two databases apart by the records of reachable peers. Others

@@ -17,6 +17,7 @@ const (
 	// own: that of an earlier run under a faster clock, or of somebody
 	// else with our name. SetLocal makes a record that supersedes it.
 	Overtaken
+	Gap // of a delta: what it builds on is not known; get the whole record
 )
 
 // Topology is the link-state database of one peer. It is not safe for use by
@@ -25,6 +26,7 @@ type Topology struct {
 	self    Name
 	records map[Name]*entry // holds self
 	snap    *graph          // nil when a record changed since it was made
+	last    *graph          // the one before; nil when peers came or went since
 }
 
 type entry struct {
@@ -59,6 +61,7 @@ func (t *Topology) Merge(r Record) Merged {
 		return Unchanged // nobody more could have a short id
 	case old == nil:
 		t.records[r.Name] = &entry{Record: r}
+		t.last = nil
 	case r.Seq == old.Seq && r.UID == old.UID:
 		return Unchanged
 	case r.Seq < old.Seq, r.Seq == old.Seq && r.UID < old.UID:
@@ -69,6 +72,31 @@ func (t *Topology) Merge(r Record) Merged {
 	default:
 		old.Record = r
 	}
+	t.snap = nil
+	return Newer
+}
+
+// MergeDelta takes over what changed in the record of another peer.
+func (t *Topology) MergeDelta(d Delta) Merged {
+	old := t.records[d.Name]
+	switch {
+	case old == nil:
+		return Gap
+	case d.Seq == old.Seq && d.UID == old.UID:
+		return Unchanged
+	case d.Seq < old.Seq, d.Seq == old.Seq && d.UID < old.UID:
+		return Older
+	case d.Name == t.self:
+		old.Seq = d.Seq
+		return Overtaken
+	case d.UID != old.UID || d.Base != old.Seq:
+		return Gap
+	}
+	next := d.apply(old.Neighbours)
+	if len(next) > int(MaxShortID) {
+		return Unchanged // no record may have so many
+	}
+	old.Seq, old.Neighbours = d.Seq, next
 	t.snap = nil
 	return Newer
 }
@@ -86,10 +114,17 @@ func (t *Topology) Record(name Name) (Record, bool) {
 func (t *Topology) Snapshot() Snapshot {
 	if t.snap == nil {
 		records := make([]Record, 0, len(t.records))
-		for _, e := range t.records {
-			records = append(records, e.Record)
+		if t.last != nil {
+			for _, r := range t.last.records {
+				records = append(records, t.records[r.Name].Record)
+			}
+		} else {
+			for _, e := range t.records {
+				records = append(records, e.Record)
+			}
 		}
-		t.snap = newGraph(t.self, records)
+		t.snap = newGraph(t.self, records, t.last)
+		t.last = t.snap
 	}
 	return Snapshot{t.snap}
 }
@@ -109,7 +144,7 @@ func (t *Topology) Expire(now time.Time, keep time.Duration) []Name {
 	}
 	for _, name := range gone {
 		delete(t.records, name)
-		t.snap = nil
+		t.snap, t.last = nil, nil
 	}
 	slices.Sort(gone)
 	return gone

@@ -31,8 +31,8 @@ const (
 func floors() [][]string {
 	return [][]string{
 		{"ipam/uptime"},
-		{"peer", "peer/state", "peer/target", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/setup"},
-		{"router/netdev/netdevtest", "peer/handshake"},
+		{"peer", "peer/state", "peer/target", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/memnet", "tests/setup"},
+		{"router/netdev/netdevtest", "peer/handshake", "peer/linkstate"},
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"router/overlay/overlaytest"},
 		{"peer/gossip", "router/fastdp", "router/sleeve"},
@@ -41,7 +41,7 @@ func floors() [][]string {
 		{"proxy", "plugin", "cmd/internal/api"},
 		{"cmd/internal/daemon"},
 		{"cmd/internal/cli"},
-		{"cmd/weave", "tests", "tests/demo", "tests/bench"},
+		{"cmd/weave", "tests", "tests/demo", "tests/bench", "tests/sim"},
 	}
 }
 

@@ -56,7 +56,7 @@ func testRefusedLaunches(t *testing.T, h *lab.Host) {
 		{[]string{"--ipalloc-init", "sometimes"}, []string{"sometimes", "consensus"}},
 		{[]string{"--ipalloc-range", "192.0.2.0/24"}, []string{"192.0.2.0/24", "eth0", "--ipalloc-range"}},
 		{[]string{"--ipalloc-range", "172.16.0.0/12"}, []string{"172.16.0.0/12", "docker0"}},
-		{[]string{"u2", "no-such-host"}, []string{"no-such-host"}},
+		{[]string{"no-such-host", "nor-this-one"}, []string{"no-such-host", "nor-this-one"}},
 		{[]string{"u2:port"}, []string{"u2:port"}},
 	} {
 		refused(t, h, 1, c.words, slices.Concat([]string{"weave", "launch"}, c.args)...)

@@ -14,6 +14,7 @@ import (
 const (
 	memberLabel   = "weave"
 	suspicionMult = 6
+	pushPullEvery = 5 * time.Minute // of whole member lists; who is missing is seen by the routes
 
 	joinCheck   = 250 * time.Millisecond
 	joinAgain   = 10 * time.Second
@@ -29,6 +30,7 @@ func (g *Gossip) openMembers(ctx context.Context) (*memberlist.Memberlist, error
 	cfg.BindPort, cfg.AdvertisePort = virtualPort, virtualPort
 	cfg.EnableCompression = false // costs far more time and memory than it saves
 	cfg.SuspicionMult = suspicionMult
+	cfg.PushPullInterval = pushPullEvery
 	cfg.RequireNodeNames = true
 	cfg.DisableTcpPings = true // packets already travel over TCP
 	cfg.LogOutput = logWriter{g}

@@ -67,7 +67,8 @@ func (t *transport) receive(from peer.Name, b []byte) {
 	if t.dial.Load() == nil {
 		return
 	}
-	p := &memberlist.Packet{Buf: slices.Clone(b), From: virtualAddr(from), Timestamp: time.Now()}
+	b = doubtDeaths(slices.Clone(b), t.g.mesh.Topology().Reaches)
+	p := &memberlist.Packet{Buf: b, From: virtualAddr(from), Timestamp: time.Now()}
 	select {
 	case t.packets <- p:
 	default:

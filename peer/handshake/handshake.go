@@ -8,8 +8,8 @@
 //	1 byte   lowest protocol version spoken
 //	1 byte   highest protocol version spoken
 //
-// The highest version both speak is used (there is version 1 only). Then they
-// send frames: 2 bytes length of what follows, 1 byte type, body.
+// The highest version both speak is used (there is version 2 only; peers of
+// version 1 told all their links with every change). Then they send frames: 2 bytes length of what follows, 1 byte type, body.
 //
 // With a password, the dialling end sends at once, and the other answers with,
 // a sealed frame (type 4): a message of the handshake of package seal, whose
@@ -52,8 +52,8 @@ import (
 
 // Range of protocol versions spoken.
 const (
-	MinVersion = 1
-	MaxVersion = 1
+	MinVersion = 2
+	MaxVersion = 2
 )
 
 // MaxKeys is how many passwords may be good at one time.
@@ -85,6 +85,7 @@ type Self struct {
 // Other is the other end, once both have said who they are.
 type Other struct {
 	Info     peer.Info
+	Nonce    uint64    // theirs
 	Session  uint64    // random, known to both ends of this link only
 	Outbound bool      // this end dialled
 	Chair    bool      // the last word is ours
@@ -249,7 +250,8 @@ func (o *Other) meet(self Self, keys *seal.Keys) (*Other, error) {
 	case typ != msgIntro || len(body) < 8:
 		return nil, errors.New("handshake: the other end did not introduce itself")
 	}
-	o.Session = self.Nonce ^ binary.BigEndian.Uint64(body)
+	o.Nonce = binary.BigEndian.Uint64(body)
+	o.Session = self.Nonce ^ o.Nonce
 	var rest []byte
 	if o.Info, rest, err = peer.ParseInfo(body[8:]); err != nil {
 		return nil, fmt.Errorf("handshake: %w", err)

@@ -130,7 +130,7 @@ func TestMeet(t *testing.T) {
 func TestClearLayout(t *testing.T) {
 	sd, sl := selves(nil, nil)
 	d, _ := meet(t, sd, sl)
-	want := append([]byte("weave/\x01\x01"), frame(msgIntro, peer.AppendInfo([]byte{0, 0, 0, 0, 0, 0, 0, 0xf0}, sd.Info))...)
+	want := append([]byte("weave/\x02\x02"), frame(msgIntro, peer.AppendInfo([]byte{0, 0, 0, 0, 0, 0, 0, 0xf0}, sd.Info))...)
 	if !bytes.Equal(d.sent, want) {
 		t.Errorf("sent %x, want %x", d.sent, want)
 	}
@@ -276,11 +276,11 @@ func TestGreetingIsBound(t *testing.T) {
 // password.
 func FuzzGreet(f *testing.F) {
 	intro := peer.AppendInfo(make([]byte, 8), peer.Info{Name: 2, UID: 2})
-	f.Add(append([]byte("weave/\x01\x01"), frame(msgIntro, intro)...), false, true)
-	f.Add([]byte("weave/\x02\x03"), false, false)
-	f.Add(append([]byte("weave/\x01\x01"), frame(msgSealed, make([]byte, 49))...), true, false)
-	f.Add(append([]byte("weave/\x01\x01"), frame(msgRefusal, []byte("\x05\x1b"))...), true, true)
-	f.Add(append([]byte("weave/\x01\x01"), frame(msgSealed, make([]byte, 98))...), true, false)
+	f.Add(append([]byte("weave/\x02\x02"), frame(msgIntro, intro)...), false, true)
+	f.Add([]byte("weave/\x03\x04"), false, false)
+	f.Add(append([]byte("weave/\x02\x02"), frame(msgSealed, make([]byte, 49))...), true, false)
+	f.Add(append([]byte("weave/\x02\x02"), frame(msgRefusal, []byte("\x05\x1b"))...), true, true)
+	f.Add(append([]byte("weave/\x02\x02"), frame(msgSealed, make([]byte, 98))...), true, false)
 	k, next := key(f, "x"), key(f, "y")
 	f.Fuzz(func(t *testing.T, b []byte, sealed, outbound bool) {
 		here, there := net.Pipe()

@@ -25,6 +25,8 @@ const (
 	repeatRate    = 16                      // attempts per second that follow a failure, over all there is to dial
 	maxCollisions = 5                       // refusals because of a name, in a row, before an address is tried rarely
 	wakeSpread    = time.Second             // over which peers that came back into reach are dialled
+	meshMost      = 100                     // of so many peers discovery links all to all
+	enoughLinks   = 10                      // of more, each to so many; who cannot be reached is dialled anyhow
 )
 
 // dialer decides what is dialled when. It is pure: the time and what happened
@@ -35,7 +37,8 @@ type dialer struct {
 	dials map[dialKey]*dial
 	busy  int // attempts that run
 
-	repeats int     // of them, such as follow a failure
+	spare   int     // links that discovery wants besides those to peers out of reach
+	repeats int     // of what runs, such as follow a failure
 	credit  float64 // attempts of that kind that may begin now
 	counted time.Time
 }
@@ -156,11 +159,15 @@ type job struct {
 // start returns the attempts to begin now. Those that follow a failure are
 // bounded in number and rate, the longest due first, so that however many
 // peers are gone, dialling them costs little and holds up no others.
-func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool) []job {
+func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool, spare int) []job {
 	ds.credit = min(repeatRate, ds.credit+repeatRate*now.Sub(ds.counted).Seconds())
 	ds.counted = now
+	ds.spare = spare
 	var due []*dial
 	for _, d := range ds.dials {
+		if d.busy && d.optional() {
+			ds.spare--
+		}
 		if d.busy || d.left || d.due.After(now) || linked(d.peer) || d.key.target == "" && !room {
 			continue
 		}
@@ -173,11 +180,28 @@ func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool) [
 			if d.wait > 0 != again || ds.busy >= maxBusy || again && (ds.repeats >= maxRepeats || ds.credit < 1) {
 				continue
 			}
+			if d.optional() {
+				if ds.spare <= 0 {
+					continue
+				}
+				ds.spare--
+			}
 			jobs = append(jobs, ds.begin(d))
 		}
 	}
 	return jobs
 }
+
+// wanted is how many more links discovery makes among so many peers.
+func wanted(links, peers int) int {
+	if peers <= meshMost {
+		return peers
+	}
+	return enoughLinks - links
+}
+
+// optional says whether we do without a link to the peer when we have enough.
+func (d *dial) optional() bool { return d.key.target == "" && d.near }
 
 func (ds *dialer) begin(d *dial) job {
 	if d.again = d.wait > 0; d.again {
@@ -299,7 +323,7 @@ func (ds *dialer) rows(linked func(peer.Name) bool) []Connection {
 	})
 	for _, key := range keys {
 		d := ds.dials[key]
-		if d.left || linked(d.peer) {
+		if d.left || linked(d.peer) || d.optional() && ds.spare <= 0 && !d.busy {
 			continue
 		}
 		out = append(out, d.row())

@@ -32,7 +32,7 @@ func newScene(t *testing.T, targets ...string) *scene {
 
 func (s *scene) linked(n peer.Name) bool { return s.links[n] }
 
-func (s *scene) begin() []job { return s.start(s.now, s.linked, true) }
+func (s *scene) begin() []job { return s.start(s.now, s.linked, true, 1000) }
 
 // fail lets the only due attempt fail and returns the wait until the next.
 func (s *scene) fail(o outcome) time.Duration {
@@ -221,7 +221,7 @@ func TestDiscovery(t *testing.T) {
 		t.Errorf("rows %+v", rows)
 	}
 	s.now = s.now.Add(politeWait)
-	if got := s.start(s.now, s.linked, false); len(got) != 0 {
+	if got := s.start(s.now, s.linked, false, 1000); len(got) != 0 {
 		t.Error("dialled over the limit of links")
 	}
 	if got := s.begin(); len(got) != 2 {
@@ -250,5 +250,53 @@ func TestForgottenDuringAttempt(t *testing.T) {
 	s.now = s.now.Add(time.Hour)
 	if len(s.begin()) != 0 || len(s.rows(s.linked)) != 0 || s.busy != 0 {
 		t.Error("came back")
+	}
+}
+
+// Of many peers discovery dials some, and all that cannot be reached; what it
+// leaves alone is not shown.
+func TestManyPeersAreLinkedSparsely(t *testing.T) {
+	if wanted(5, meshMost) <= 0 || wanted(enoughLinks, meshMost+1) > 0 || wanted(3, meshMost+1) != enoughLinks-3 {
+		t.Error("too few or too many links are wanted")
+	}
+	s := newScene(t)
+	const far = 280
+	for n := peer.Name(1); n <= 300; n++ {
+		s.discover(n, []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 6783)}, s.now, true)
+	}
+	s.wake(func(n peer.Name) bool { return n <= far }, s.linked, s.now)
+	for range 100 {
+		jobs := s.start(s.now, s.linked, true, 3-len(s.links))
+		near := 0
+		for _, j := range jobs {
+			if j.dial.peer <= far {
+				near++
+			}
+		}
+		if most := max(0, 3-len(s.links)); near > most {
+			t.Fatalf("%d attempts for %d links", near, most)
+		}
+		if more := s.start(s.now, s.linked, true, 3-len(s.links)); slices.ContainsFunc(more, func(j job) bool { return j.dial.peer <= far }) {
+			t.Fatal("what runs is not counted")
+		}
+		for _, j := range jobs {
+			if s.finish(j.dial, outcome{peer: j.dial.peer}, s.now); len(s.links) < 3 || j.dial.peer > far {
+				s.links[j.dial.peer] = true
+			}
+		}
+		if s.now = s.now.Add(time.Second); s.busy != 0 {
+			s.busy = 0
+			for _, d := range s.dials {
+				d.busy = false
+			}
+		}
+	}
+	for n := peer.Name(far + 1); n <= 300; n++ {
+		if !s.links[n] {
+			t.Errorf("no link to %v, which is out of reach", n)
+		}
+	}
+	if rows := s.rows(s.linked); len(rows) != 0 {
+		t.Errorf("%d rows of peers that need no link", len(rows))
 	}
 }

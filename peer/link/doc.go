@@ -16,8 +16,9 @@
 // frames: 4 bytes length of what follows (at most MaxPayload and a header), 1
 // byte type, body:
 //
-//	1  hello      8 bytes digest of the sender's link-state database
-//	2  records    link-state records, see package peer
+//	1  hello      8 bytes digest of the sender's link-state database, or
+//	              nothing when it is that of the hello before
+//	2, 6, 7, 8    link state, see package linkstate
 //	3  datagram   1 byte hops left, 6 bytes destination, 6 bytes source,
 //	              1 byte kind, payload
 //	4  broadcast  1 byte hops left, 6 bytes source, 8 bytes sequence number,
@@ -25,8 +26,9 @@
 //	5  bye        reason as text; the sender closes the link
 //
 // Unknown types are ignored. A hello is sent every second; a link over which
-// nothing arrived for 2.5 s is dead. When two hellos in a row show another
-// digest than ours, all records are sent once more.
+// nothing arrived for 2.5 s is dead. When digests differ in the first hello
+// over a link that joins two parts, as they were before it, or in two hellos in
+// a row, the end with the lower name sends a summary.
 //
 // Every other stream of the session is one hop of a stream between two peers.
 // Its opener sends

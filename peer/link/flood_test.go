@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/linkstate"
 )
 
 // While links come and go, peers disagree about trees for moments. A broadcast
@@ -98,8 +99,8 @@ func TestDigestsRepairTheDatabase(t *testing.T) {
 	a := nodes[0]
 	a.Mesh.mu.Lock()
 	own, _ := a.topo.Record(1)
-	a.topo = peer.NewTopology(a.self, own.Seq)
-	a.topo.SetLocal(a.self, slices.Clone(own.Neighbours))
+	a.topo = linkstate.New(a.self, own.Seq)
+	a.topo.Announce(a.self, slices.Clone(own.Neighbours))
 	a.Mesh.mu.Unlock()
 	if len(a.Topology().Reachable()) != 0 {
 		t.Fatal("the database is not empty")

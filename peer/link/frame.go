@@ -5,24 +5,23 @@ import (
 	"errors"
 
 	"weave.local/peer"
+	"weave.local/peer/linkstate"
 )
 
 // Types of control frames.
 const (
 	typeHello     = 1
-	typeRecords   = 2
 	typeDatagram  = 3
 	typeBroadcast = 4
 	typeBye       = 5
 )
 
 const (
-	headSize  = 5 // length and type
-	nameSize  = 6
-	msgHead   = 64 // room for the header of a message
-	maxBody   = MaxPayload + msgHead
-	batchSize = 64 << 10 // of records in one frame, more only for a single large one
-	maxTTL    = 64
+	headSize = 5 // length and type
+	nameSize = 6
+	msgHead  = 64 // room for the header of a message
+	maxBody  = MaxPayload + msgHead
+	maxTTL   = 64
 )
 
 var errFrame = errors.New("malformed frame")
@@ -44,33 +43,13 @@ func helloFrame(digest uint64) []byte {
 	return frame(typeHello, binary.BigEndian.AppendUint64(nil, digest))
 }
 
-// recordFrames packs records into as few frames as is reasonable.
-func recordFrames(records []peer.Record) [][]byte {
-	var frames [][]byte
-	b := make([]byte, headSize, 1024)
-	for i, r := range records {
-		b = peer.AppendRecord(b, r)
-		if len(b) >= batchSize || i == len(records)-1 {
-			b[4] = typeRecords
-			frames = append(frames, withLength(b))
-			b = make([]byte, headSize, 1024)
-		}
+// frames puts messages about link state into frames.
+func frames(list []linkstate.Message) [][]byte {
+	out := make([][]byte, 0, len(list))
+	for _, m := range list {
+		out = append(out, frame(m.Type, m.Body))
 	}
-	return frames
-}
-
-// parseRecords reads all records it can and returns with them the first error.
-func parseRecords(b []byte) (records []peer.Record, err error) {
-	for len(b) > 0 {
-		r, rest, e := peer.ParseRecord(b)
-		if e == nil {
-			records = append(records, r)
-		} else if err == nil {
-			err = e
-		}
-		b = rest
-	}
-	return records, err
+	return out
 }
 
 // datagram is a message to one peer.

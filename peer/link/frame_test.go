@@ -2,13 +2,8 @@ package link
 
 import (
 	"bytes"
-	"encoding/binary"
 	"encoding/hex"
-	"reflect"
-	"strings"
 	"testing"
-
-	"weave.local/peer"
 )
 
 // The layouts are a promise to peers of other versions.
@@ -29,51 +24,10 @@ func TestFrameLayouts(t *testing.T) {
 	}
 }
 
-func TestRecordsAreSplitIntoFrames(t *testing.T) {
-	var records []peer.Record
-	for i := range peer.Name(2000) {
-		records = append(records, peer.Record{
-			Info:       peer.Info{Name: i + 1, UID: 1, NickName: strings.Repeat("n", 50)},
-			Neighbours: []peer.Adjacency{{Name: 5000}, {Name: 5001}},
-		})
-	}
-	frames := recordFrames(records)
-	var got []peer.Record
-	for _, f := range frames {
-		if int(binary.BigEndian.Uint32(f)) != len(f)-4 || f[4] != typeRecords || len(f) > maxBody {
-			t.Fatalf("frame of %d bytes, head %x", len(f), f[:headSize])
-		}
-		r, err := parseRecords(f[headSize:])
-		if err != nil {
-			t.Fatal(err)
-		}
-		got = append(got, r...)
-	}
-	if len(frames) < 2 || !reflect.DeepEqual(got, records) {
-		t.Errorf("%d records in %d frames", len(got), len(frames))
-	}
-	if frames := recordFrames(nil); frames != nil {
-		t.Errorf("no records make %d frames", len(frames))
-	}
-}
-
-// A bad record does not cost the good ones beside it.
-func TestBadRecordIsSkipped(t *testing.T) {
-	good := peer.Record{Info: peer.Info{Name: 1, UID: 1}}
-	bad := peer.AppendRecord(nil, peer.Record{Info: peer.Info{Name: 2}})
-	b := append(peer.AppendRecord(nil, good), bad...)
-	b = peer.AppendRecord(b, good)
-	records, err := parseRecords(b)
-	if err == nil || len(records) != 2 {
-		t.Errorf("%d records, %v", len(records), err)
-	}
-}
-
 func FuzzParseFrames(f *testing.F) {
 	f.Add(datagram{64, 1, 2, 9, []byte("hi")}.frame()[headSize:])
 	f.Add(broadcast{64, 2, 5, 9, []byte("hi")}.frame()[headSize:])
 	f.Add(streamTo{64, 1, 2}.head())
-	f.Add(peer.AppendRecord(nil, peer.Record{Info: peer.Info{Name: 1, UID: 1}}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if d, err := parseDatagram(b); err == nil && !bytes.Equal(d.frame()[headSize:], b) {
 			t.Errorf("datagram %+v", d)
@@ -84,7 +38,6 @@ func FuzzParseFrames(f *testing.F) {
 		if s, err := parseStreamTo(b); err == nil && !bytes.Equal(s.head(), b) {
 			t.Errorf("stream %+v", s)
 		}
-		_, _ = parseRecords(b)
 	})
 }
 

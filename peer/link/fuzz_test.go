@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/linkstate"
 )
 
 // fuzzed is a mesh without network at the middle of a line 2 ─ 1 ─ 3: peer 2
@@ -17,7 +18,7 @@ func fuzzed() (m *Mesh, from, other *link) {
 	self := peer.Info{Name: 1, UID: 1, ShortID: 1}
 	m = &Mesh{
 		cfg: Config{Self: self}, log: slog.New(slog.DiscardHandler), self: self,
-		topo: peer.NewTopology(self, 1), links: make(map[peer.Name]*link),
+		topo: linkstate.New(self, 1), links: make(map[peer.Name]*link),
 		kick: make(chan struct{}, 1), readers: make(map[chan struct{}]struct{}),
 		windows: make(map[peer.Name]*window), handlers: make(map[byte]HandleFunc),
 	}
@@ -35,7 +36,7 @@ func fuzzed() (m *Mesh, from, other *link) {
 // ends or goes on, nothing grows without bound, and what is passed on is whole
 // frames with fewer hops left than it came with.
 func FuzzReceive(f *testing.F) {
-	record := func(r peer.Record) []byte { return frame(typeRecords, peer.AppendRecord(nil, r)) }
+	record := func(r peer.Record) []byte { return frame(linkstate.TypeRecords, peer.AppendRecord(nil, r)) }
 	far := peer.Record{Info: peer.Info{Name: 4, UID: 1, ShortID: 9}, Seq: 7, Neighbours: []peer.Adjacency{{Name: 2}}}
 	near := peer.Record{Info: peer.Info{Name: 2, UID: 1}, Seq: 2, Neighbours: []peer.Adjacency{{Name: 1, NoData: true}, {Name: 4}}}
 	twin := peer.Record{Info: peer.Info{Name: 1, UID: 2, ShortID: 1}, Seq: 1<<64 - 1}
@@ -44,6 +45,8 @@ func FuzzReceive(f *testing.F) {
 		{record(far), record(near), datagram{9, 1, 4, testKind, []byte("x")}.frame()},
 		{record(near), record(far), broadcast{64, 4, 5, testKind, []byte("x")}.frame()},
 		{record(twin)},
+		{record(far), frame(linkstate.TypeDeltas, peer.AppendDelta(nil, peer.Delta{Name: 4, UID: 1, Base: 7, Seq: 8, Gone: []peer.Name{2}}))},
+		{frame(linkstate.TypeWant, []byte{0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 3}), frame(linkstate.TypeSummary, make([]byte, 22))},
 		{datagram{2, 3, 2, testKind, []byte("x")}.frame(), datagram{1, 3, 2, testKind, nil}.frame()},
 		{broadcast{2, 2, 5, testKind, nil}.frame(), broadcast{2, 2, 5, testKind, nil}.frame()},
 		{frame(typeBye, []byte("\x1b[2J"))},
@@ -87,9 +90,9 @@ func checkPassedOn(t *testing.T, out []byte) {
 	}
 	body := out[headSize:]
 	switch out[4] {
-	case typeRecords:
-		if _, err := parseRecords(body); err != nil {
-			t.Errorf("records passed on: %v", err)
+	case linkstate.TypeRecords, linkstate.TypeDeltas, linkstate.TypeSummary, linkstate.TypeWant:
+		if _, err := linkstate.New(peer.Info{Name: 9, UID: 9}, 1).Receive(out[4], body); err != nil {
+			t.Errorf("link state passed on: %v", err)
 		}
 	case typeDatagram:
 		if d, err := parseDatagram(body); err != nil || d.ttl == 0 || d.ttl == 255 {

@@ -44,6 +44,10 @@ type link struct {
 
 	// Guarded by Mesh.mu.
 	helloDue   time.Time
+	before     uint64    // our digest when the link came up
+	told       uint64    // digest in our last hello
+	heard      uint64    // and in theirs
+	joins      bool      // the other end could not be reached before, and no hello is here yet
 	mismatches int       // hellos in a row with a digest other than ours
 	expires    time.Time // when the link ends, its password being good no more; zero: it is
 
@@ -83,6 +87,17 @@ func (l *link) stop(reason error) {
 func (l *link) sendUrgent(frames [][]byte) {
 	for _, f := range frames {
 		l.queue.push(f, true)
+	}
+}
+
+// hello sends our digest, or nothing for the same as before.
+func (l *link) hello(digest uint64) {
+	f := frame(typeHello, nil)
+	if digest != l.told {
+		f = helloFrame(digest)
+	}
+	if l.queue.push(f, true) {
+		l.told = digest
 	}
 }
 

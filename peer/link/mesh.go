@@ -16,6 +16,7 @@ import (
 
 	"weave.local/peer"
 	"weave.local/peer/handshake"
+	"weave.local/peer/linkstate"
 	"weave.local/peer/target"
 	"weave.local/router/seal"
 )
@@ -34,7 +35,10 @@ const (
 	deadAfter   = 2500 * time.Millisecond
 	tickEvery   = 100 * time.Millisecond
 	expireEvery = 10 * time.Second
-	keepRecords = 10 * time.Minute // of peers that cannot be reached
+	// summaryEvery is the least time between two summaries because of hellos:
+	// while much changes, all neighbours differ, and one is enough to learn.
+	summaryEvery = 500 * time.Millisecond
+	keepRecords  = 10 * time.Minute // of peers that cannot be reached
 
 	maxStreams = 64 // streams that wait to be taken from Streams
 )
@@ -70,6 +74,10 @@ type Config struct {
 	// clear, although there is a password, if that peer says the same.
 	Trusted []netip.Prefix
 	Log     *slog.Logger
+
+	// Listener and Dial stand for TCP in simulations; nil: TCP itself.
+	Listener net.Listener
+	Dial     func(ctx context.Context, to netip.AddrPort) (net.Conn, error)
 
 	resolve func(ctx context.Context, host string, port uint16) ([]netip.AddrPort, error) // nil: target.Host
 }
@@ -118,14 +126,16 @@ type Mesh struct {
 	closed    bool
 	self      peer.Info
 	keys      []*seal.Key // as Config.Keys; the slice is never changed, but replaced
-	topo      *peer.Topology
+	topo      *linkstate.DB
 	links     map[peer.Name]*link
 	dials     *dialer
 	turned    turned
+	nonces    map[uint64]time.Time // of our handshakes of late
 	readers   map[chan struct{}]struct{}
 	windows   map[peer.Name]*window // broadcasts seen, by source
 	lastSeq   uint64                // of our broadcasts
 	excluded  map[peer.Name]bool    // peers without a link since their password is good no more
+	summed    time.Time             // when we last sent a summary
 	noData    map[peer.Name]bool    // neighbours over whose links no data path works
 	stale     bool                  // our record does not say what is
 	overtaken bool                  // a record under our name supersedes ours
@@ -139,20 +149,9 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 	if cfg.resolve == nil {
 		cfg.resolve = target.Host
 	}
-	host := ""
-	if cfg.Bind.IsValid() {
-		host = cfg.Bind.String()
-	}
-	addr := net.JoinHostPort(host, strconv.Itoa(int(cfg.Self.Port)))
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", addr)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("TCP port %d is in use by another program: stop it or choose another with --port", cfg.Self.Port)
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, fmt.Errorf("%s is no address of this host: choose one that is, or none to listen on all", cfg.Bind)
-	case err != nil:
-		return nil, fmt.Errorf("control port: %w", err)
+	l, err := cfg.listen(ctx)
+	if err != nil {
+		return nil, err
 	}
 	if cfg.Self.Port == 0 {
 		cfg.Self.Port = addrPort(l.Addr()).Port()
@@ -170,10 +169,11 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		handlers: make(map[byte]HandleFunc),
 		self:     cfg.Self,
 		keys:     cfg.Keys,
-		topo:     peer.NewTopology(cfg.Self, uint64(now.UnixNano())),
+		topo:     linkstate.New(cfg.Self, uint64(now.UnixNano())),
 		links:    make(map[peer.Name]*link),
 		dials:    newDialer(cfg.Self.Port),
 		turned:   make(turned),
+		nonces:   make(map[uint64]time.Time),
 		excluded: make(map[peer.Name]bool),
 		readers:  make(map[chan struct{}]struct{}),
 		windows:  make(map[peer.Name]*window),
@@ -189,6 +189,28 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		}
 	}
 	return m, nil
+}
+
+func (cfg Config) listen(ctx context.Context) (net.Listener, error) {
+	if cfg.Listener != nil {
+		return cfg.Listener, nil
+	}
+	host := ""
+	if cfg.Bind.IsValid() {
+		host = cfg.Bind.String()
+	}
+	addr := net.JoinHostPort(host, strconv.Itoa(int(cfg.Self.Port)))
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("TCP port %d is in use by another program: stop it or choose another with --port", cfg.Self.Port)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("%s is no address of this host: choose one that is, or none to listen on all", cfg.Bind)
+	case err != nil:
+		return nil, fmt.Errorf("control port: %w", err)
+	}
+	return l, nil
 }
 
 // Close gives the port back. A Mesh that runs is ended by its context instead.
@@ -310,47 +332,6 @@ func (m *Mesh) originateLocked() {
 	for _, l := range m.links {
 		adj = append(adj, peer.Adjacency{Name: l.peer.Name, Outbound: l.outbound, NoData: m.noData[l.peer.Name], Addr: l.remote})
 	}
-	rec := m.topo.SetLocal(m.self, adj)
-	m.floodLocked([]peer.Record{rec}, nil)
+	m.floodLocked(m.topo.Announce(m.self, adj), 0)
 	m.changedLocked()
-}
-
-// floodLocked sends records over all links but one.
-func (m *Mesh) floodLocked(records []peer.Record, except *link) {
-	frames := recordFrames(records)
-	for _, l := range m.links {
-		if l != except {
-			l.sendUrgent(frames)
-		}
-	}
-}
-
-// mergeLocked takes over records that arrived over l.
-func (m *Mesh) mergeLocked(records []peer.Record, l *link) {
-	var news, answers []peer.Record
-	for _, r := range records {
-		switch m.topo.Merge(r) {
-		case peer.Newer:
-			news = append(news, r)
-		case peer.Older:
-			if ours, ok := m.topo.Record(r.Name); ok {
-				answers = append(answers, ours)
-			}
-		case peer.Overtaken:
-			if !m.overtaken {
-				m.log.Debug("superseding a record under our name", "uid", r.UID)
-			}
-			m.twin.met(r.Info, time.Now())
-			m.overtaken = true
-		case peer.Unchanged:
-		}
-	}
-	if len(answers) > 0 {
-		l.sendUrgent(recordFrames(answers))
-	}
-	if len(news) > 0 {
-		m.floodLocked(news, l)
-		m.changedLocked()
-		m.chooseShortIDLocked()
-	}
 }

@@ -289,7 +289,7 @@ func TestMuteAndStrangeConnections(t *testing.T) {
 	h := newHosts(t)
 	a := h.start(1, nil)
 	to := netip.AddrPortFrom(a.addr, h.port).String()
-	for _, words := range []string{"", "GET / HTTP/1.0\r\n\r\n", "weave\x01\x02", "weave/\x01\x01\x00\x00\x00", "weave/\x01\x01\xff\xff\x01aaaa"} {
+	for _, words := range []string{"", "GET / HTTP/1.0\r\n\r\n", "weave\x01\x02", "weave/\x02\x02\x00\x00\x00", "weave/\x02\x02\xff\xff\x01aaaa"} {
 		c, err := net.Dial("tcp", to)
 		if err != nil {
 			t.Fatal(err)
@@ -332,7 +332,7 @@ func TestOtherVersionIsRefusedInWords(t *testing.T) {
 	a := h.start(1, []peer.Name{9})
 	until(t, "words", 2*time.Second, func() bool {
 		c := a.Connections()
-		return len(c) == 1 && strings.Contains(c[0].Err, "versions 7 to 9, this one 1 to 1")
+		return len(c) == 1 && strings.Contains(c[0].Err, "versions 7 to 9, this one 2 to 2")
 	})
 }
 

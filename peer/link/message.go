@@ -4,10 +4,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync/atomic"
+	"time"
 
 	"weave.local/peer"
 	"weave.local/peer/handshake"
+	"weave.local/peer/linkstate"
 )
 
 // counters count what happened to messages and streams.
@@ -126,11 +130,9 @@ func (m *Mesh) handleFrame(l *link, typ byte, body []byte) error {
 	switch typ {
 	case typeHello:
 		err = m.handleHello(l, body)
-	case typeRecords:
-		var records []peer.Record
-		records, err = parseRecords(body)
+	case linkstate.TypeRecords, linkstate.TypeDeltas, linkstate.TypeSummary, linkstate.TypeWant:
 		m.mu.Lock()
-		m.mergeLocked(records, l)
+		err = m.linkStateLocked(l, typ, body)
 		m.mu.Unlock()
 	case typeDatagram:
 		var d datagram
@@ -152,24 +154,66 @@ func (m *Mesh) handleFrame(l *link, typ byte, body []byte) error {
 }
 
 // handleHello compares databases. Two mismatches in a row mean that the
-// difference is not just a record on its way.
+// difference is not just a record on its way. The first hello over a link that
+// joins two parts tells how the other stood before, and one is enough.
 func (m *Mesh) handleHello(l *link, body []byte) error {
-	if len(body) < 8 {
-		return errFrame
-	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	snap := m.topo.Snapshot()
-	if binary.BigEndian.Uint64(body) == snap.Digest() {
+	switch {
+	case len(body) >= 8:
+		l.heard = binary.BigEndian.Uint64(body)
+	case len(body) > 0:
+		return errFrame
+	}
+	theirs := l.heard
+	ours, limit := m.topo.Snapshot().Digest(), 2
+	if l.joins {
+		ours, limit = l.before, 1
+	}
+	l.joins = false
+	if theirs == ours {
 		l.mismatches = 0
 		return nil
 	}
-	if l.mismatches++; l.mismatches == 2 {
-		l.mismatches = 0
+	l.mismatches++
+	now := time.Now()
+	if l.mismatches < limit || limit > 1 && now.Sub(m.summed) < summaryEvery {
+		return nil
+	}
+	l.mismatches = 0
+	if m.self.Name < l.peer.Name { // one of both is enough
+		m.summed = now
 		m.count.resyncs.Add(1)
-		l.sendUrgent(recordFrames(snap.ReachableRecords()))
+		l.sendUrgent(frames(m.topo.Summary()))
 	}
 	return nil
+}
+
+// linkStateLocked takes a message about link state.
+func (m *Mesh) linkStateLocked(l *link, typ byte, body []byte) error {
+	res, err := m.topo.Receive(typ, body)
+	for _, twin := range res.Twins {
+		if !m.overtaken {
+			m.log.Debug("superseding a record under our name", "uid", twin.UID)
+		}
+		m.twin.met(twin, time.Now())
+		m.overtaken = true
+	}
+	l.sendUrgent(frames(res.Reply))
+	if len(res.Forward) > 0 {
+		m.floodLocked(res.Forward, l.peer.Name)
+		m.changedLocked()
+		m.chooseShortIDLocked()
+	}
+	return err
+}
+
+// floodLocked sends news of link state on.
+func (m *Mesh) floodLocked(news []linkstate.Message, except peer.Name) {
+	list := frames(news)
+	for _, name := range m.topo.Flood(slices.Collect(maps.Keys(m.links)), except) {
+		m.links[name].sendUrgent(list)
+	}
 }
 
 func (m *Mesh) handleDatagram(from *link, d datagram) {

@@ -40,6 +40,29 @@ func TestNameCollision(t *testing.T) {
 	}
 }
 
+// A machine copied while it runs has the name and the UID of the other, too, and
+// is no connection to ourselves: both ends say what is wrong, it is tried less
+// and less, and nobody else is disturbed.
+func TestCopyOfARunningPeer(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a, b := h.start(1, nil, withUID(50)), h.start(2, []peer.Name{1})
+	until(t, "link", 3*time.Second, meshed(1, a, b))
+	twin := h.start(1, []peer.Name{1, 6}, withUID(50), at(addrOf(6)))
+	told := func(n *node) bool {
+		return slices.ContainsFunc(n.Connections(), func(c Connection) bool {
+			return c.State == Failed && strings.Contains(c.Err, "both ends have the name") && strings.Contains(c.Err, "--name")
+		})
+	}
+	until(t, "both told", 3*time.Second, func() bool { return told(a) && told(twin) })
+	if rows := twin.Connections(); len(rows) != 1 {
+		t.Errorf("the way to ourselves is shown: %+v", rows)
+	}
+	if n := a.Counters()["links_established"]; n != 1 || len(b.Neighbours()) != 1 {
+		t.Errorf("%d links made", n)
+	}
+}
+
 // Two live peers with one name, far from each other: both say so, and the
 // records they supersede become rare.
 func TestTwinsFarApart(t *testing.T) {

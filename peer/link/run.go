@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -70,10 +71,11 @@ func (m *Mesh) loop(ctx context.Context) {
 		m.checkLinksLocked(now)
 		if m.discovery {
 			m.discovery = false
-			m.dials.wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
 			m.discoverLocked(now)
+			m.dials.wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
 		}
-		jobs := m.dials.start(now, m.servedLocked, m.roomLocked())
+		spare := wanted(len(m.links), len(m.topo.Snapshot().Records()))
+		jobs := m.dials.start(now, m.servedLocked, m.roomLocked(), spare)
 		m.mu.Unlock()
 		for _, j := range jobs {
 			m.tasks.Go(func() { m.attempt(ctx, j) })
@@ -113,7 +115,7 @@ func (m *Mesh) checkLinksLocked(now time.Time) {
 		}
 		if !now.Before(l.helloDue) {
 			l.helloDue = now.Add(helloEvery)
-			l.queue.push(helloFrame(m.topo.Snapshot().Digest()), true)
+			l.hello(m.topo.Snapshot().Digest())
 		}
 	}
 }
@@ -172,7 +174,7 @@ func (m *Mesh) refused(conn net.Conn, h *handshake.Other, err error) {
 	}
 	r := (*handshake.Refusal)(nil)
 	known := errors.As(err, &r)
-	if known && r.Code == handshake.RefusePassword {
+	if known && (r.Code == handshake.RefusePassword || r.Code == handshake.RefuseCollision) {
 		m.mu.Lock()
 		known = m.turned.add(addrPort(conn.RemoteAddr()), r.Reason, time.Now())
 		m.mu.Unlock()
@@ -190,7 +192,7 @@ func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, 
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(handshakeWait))
-	self := handshake.Self{Info: m.Self(), Nonce: rand.Uint64(), Keys: m.goodKeys(), Trusted: m.trusts(conn.RemoteAddr())}
+	self := handshake.Self{Info: m.Self(), Nonce: m.nonce(), Keys: m.goodKeys(), Trusted: m.trusts(conn.RemoteAddr())}
 	h, err := handshake.Greet(conn, self, outbound)
 	if err != nil {
 		_ = conn.Close()
@@ -226,6 +228,23 @@ func (m *Mesh) greet(ctx context.Context, conn net.Conn, outbound bool) (*link, 
 	return l, h, nil
 }
 
+// nonce is one for a handshake, remembered for as long as one may take.
+func (m *Mesh) nonce() uint64 {
+	n, now := rand.Uint64(), time.Now()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(m.nonces, func(_ uint64, since time.Time) bool { return now.Sub(since) > 2*handshakeWait })
+	m.nonces[n] = now
+	return n
+}
+
+// ourselvesLocked says whether the other end is this very process: it uses a
+// nonce of ours. A copy of a running machine has name and UID in common, too.
+func (m *Mesh) ourselvesLocked(h *handshake.Other) bool {
+	_, ours := m.nonces[h.Nonce]
+	return ours && h.Info.Name == m.self.Name && h.Info.UID == m.self.UID
+}
+
 // admitLocked decides whether we want a link.
 func (m *Mesh) admitLocked(h *handshake.Other) *handshake.Refusal {
 	p := h.Info
@@ -233,7 +252,7 @@ func (m *Mesh) admitLocked(h *handshake.Other) *handshake.Refusal {
 		return &handshake.Refusal{Code: handshake.RefuseOther, Reason: "this peer stops"}
 	}
 	if p.Name == m.self.Name {
-		if p.UID == m.self.UID {
+		if m.ourselvesLocked(h) {
 			return &handshake.Refusal{Code: handshake.RefuseSelf, Reason: "both ends are the same peer"}
 		}
 		return &handshake.Refusal{Code: handshake.RefuseCollision, Reason: fmt.Sprintf(
@@ -266,7 +285,10 @@ func (m *Mesh) registerLocked(h *handshake.Other, conn *heardConn) *link {
 	m.links[h.Info.Name] = l
 	delete(m.excluded, l.peer.Name)
 	m.outdateLocked(l, now) // the password may have changed during the handshake
-	l.sendUrgent(recordFrames(m.topo.Snapshot().ReachableRecords()))
+	snap := m.topo.Snapshot()
+	l.before, l.joins = snap.Digest(), !snap.Reaches(h.Info.Name)
+	l.helloDue = now.Add(helloEvery)
+	l.hello(l.before)
 	m.stale = true
 	m.turned.forget(l.remote)
 	m.count.links.Add(1)

@@ -44,7 +44,7 @@ type Connection struct {
 // Connections returns one entry for each live link, by name of the peer, then
 // one for each target or discovered peer without link, one for another live
 // peer of our name, and one for each address that was turned away lately
-// because of the password.
+// because of the password or a name.
 func (m *Mesh) Connections() []Connection {
 	var out []Connection
 	for _, n := range m.Neighbours() {
@@ -158,8 +158,7 @@ func (m *Mesh) resolver(ctx context.Context) {
 	}
 }
 
-// Resolve checks that all targets are well-formed and resolve; the error, of
-// one line, names those that do not. Port is the default one.
+// Resolve checks targets before a start, see target.Resolve.
 func Resolve(ctx context.Context, targets []string, port uint16) error {
 	return target.Resolve(ctx, targets, port)
 }
@@ -229,11 +228,7 @@ func listening(outbound bool, remote netip.AddrPort, port uint16) netip.AddrPort
 }
 
 func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) {
-	d := net.Dialer{Timeout: dialWait}
-	if b := m.cfg.Bind; b.IsValid() && b.Is4() == a.Addr().Is4() {
-		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(b, 0))
-	}
-	conn, err := d.DialContext(ctx, "tcp", a.String())
+	conn, err := m.cfg.dial(ctx, a)
 	if err != nil {
 		return nil, outcome{err: plain(err)}
 	}
@@ -241,11 +236,9 @@ func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) 
 	o := outcome{err: err}
 	if h != nil {
 		o.peer = h.Info.Name
-		// Both ends refuse such a link, in words of their own; whichever
-		// comes first, this is what it means.
-		o.self = h.Info.UID == m.cfg.Self.UID && h.Info.Name == m.cfg.Self.Name
 	}
 	if r := (*handshake.Refusal)(nil); errors.As(err, &r) {
+		o.self = r.Code == handshake.RefuseSelf
 		o.collision = r.Code == handshake.RefuseCollision
 		o.refused = o.collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit
 		if r.Code == handshake.RefuseDuplicate {
@@ -255,6 +248,19 @@ func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) 
 		o.err = plain(err)
 	}
 	return l, o
+}
+
+func (cfg Config) dial(ctx context.Context, to netip.AddrPort) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialWait)
+	defer cancel()
+	if cfg.Dial != nil {
+		return cfg.Dial(ctx, to)
+	}
+	var d net.Dialer
+	if b := cfg.Bind; b.IsValid() && b.Is4() == to.Addr().Is4() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(b, 0))
+	}
+	return d.DialContext(ctx, "tcp", to.String())
 }
 
 // plain is what went wrong without the words of the net package around it.
@@ -298,7 +304,8 @@ func (m *Mesh) discoverLocked(now time.Time) {
 			}
 		}
 	}
+	small := len(snap.Records()) <= meshMost // else whether they can be reached anyhow shows first
 	for name, addrs := range found {
-		m.dials.discover(name, addrs, now, m.self.UID < ports[name].UID)
+		m.dials.discover(name, addrs, now, small && m.self.UID < ports[name].UID)
 	}
 }

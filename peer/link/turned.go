@@ -14,8 +14,8 @@ const (
 	keepTurned = 2 * time.Minute // longer than a peer waits before it tries again
 )
 
-// turned are the connections lately turned away because of the password, by
-// address: whoever dials in vain shall be seen here, too.
+// turned are the connections lately turned away because of the password or a
+// name, by address: whoever dials in vain shall be seen here, too.
 type turned map[netip.Addr]turnedAway
 
 type turnedAway struct {

@@ -36,6 +36,9 @@ func (w *twin) met(info peer.Info, now time.Time) {
 	if !w.last.IsZero() && now.Sub(w.last) > keepTwin {
 		w.answered = 0
 	}
+	if info.NickName == "" && info.UID == w.info.UID {
+		info = w.info // a delta does not tell all
+	}
 	w.info, w.last = info, now
 }
 

@@ -15,17 +15,23 @@ import (
 
 const resolveWait = 5 * time.Second
 
-// Resolve checks that all targets are well-formed and resolve; the error, of
-// one line, names those that do not.
-// Port is the default one.
+// Resolve checks that all targets are well-formed and that one of them resolves,
+// if there are any: the others may do so later. The error, of one line, names
+// those that are wrong. Port is the default one.
 func Resolve(ctx context.Context, targets []string, port uint16) error {
-	var errs []error
+	var malformed, lost []error
 	for _, t := range targets {
-		if err := Check(ctx, t, port); err != nil {
-			errs = append(errs, err)
+		host, p, err := Split(t, port)
+		if err != nil {
+			malformed = append(malformed, err)
+		} else if _, err = Host(ctx, host, p); err != nil {
+			lost = append(lost, err)
 		}
 	}
-	return OneLine(errs)
+	if len(malformed) == 0 && len(lost) < len(targets) {
+		return nil
+	}
+	return OneLine(append(malformed, lost...))
 }
 
 // OneLine joins errors into one whose text has no line breaks; nil for none.

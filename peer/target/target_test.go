@@ -45,6 +45,12 @@ func TestResolve(t *testing.T) {
 	if err := Resolve(t.Context(), []string{"192.0.2.1", "localhost", "[::1]:5"}, 6783); err != nil {
 		t.Error(err)
 	}
+	if err := Resolve(t.Context(), []string{"192.0.2.1", "nowhere.invalid"}, 6783); err != nil {
+		t.Errorf("one that may resolve later: %v", err)
+	}
+	if err := Resolve(t.Context(), []string{"nowhere.invalid"}, 6783); err == nil {
+		t.Error("none resolves, and that is all right")
+	}
 	err := Resolve(t.Context(), []string{"192.0.2.1", "nowhere.invalid", "a:b"}, 6783)
 	if err == nil || !strings.Contains(err.Error(), "nowhere.invalid") || !strings.Contains(err.Error(), `"a:b"`) || strings.Contains(err.Error(), "\n") {
 		t.Errorf("got %v", err)

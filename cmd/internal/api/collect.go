@@ -118,6 +118,10 @@ func peerReport(rec peer.Record, topo peer.Snapshot, nick map[peer.Name]string) 
 // the targets that are not connected.
 func (s *Server) connections(topo peer.Snapshot) []Connection {
 	paths := s.cfg.Router.Paths()
+	conflicts := map[peer.Name]string{}
+	if s.cfg.Alloc != nil {
+		conflicts = s.cfg.Alloc.Conflicts()
+	}
 	var out []Connection
 	all := s.cfg.Mesh.Connections()
 	linked := linkedAddresses(all)
@@ -129,6 +133,9 @@ func (s *Server) connections(topo peer.Snapshot) []Connection {
 		switch c.State {
 		case link.Connected:
 			s.connected(&row, c, paths[c.Peer.Name], topo)
+			if text := conflicts[c.Peer.Name]; text != "" {
+				row.Attrs["conflict"] = text
+			}
 		case link.Connecting:
 			row.State = "connecting"
 		case link.Retrying:

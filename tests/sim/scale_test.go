@@ -1,0 +1,72 @@
+package sim
+
+import (
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"testing"
+	"time"
+
+	"weave.local/peer"
+)
+
+// A cluster of many peers: all join, rest, one and then a tenth crash, and for
+// a while one goes and one comes each second. WEAVE_SIM_PEERS and
+// WEAVE_SIM_CHURN (a duration) make it larger and longer.
+func TestScale(t *testing.T) {
+	peers, churn := 30, 5*time.Second
+	if n, err := strconv.Atoi(os.Getenv("WEAVE_SIM_PEERS")); err == nil {
+		peers = n
+	}
+	if d, err := time.ParseDuration(os.Getenv("WEAVE_SIM_CHURN")); err == nil {
+		churn = d
+	}
+	simulate(t, func(c *cluster) {
+		before := heap()
+		joining := c.measure(func() {
+			for i := range peers {
+				c.start(peer.Name(i+1), c.some(3))
+			}
+			took := c.until("join", 5*time.Minute, c.full)
+			t.Logf("%d peers: join: full view after %.1f s", peers, took.Seconds())
+		})
+		t.Logf("join: %v", joining)
+		pass(30 * time.Second) // what follows a join
+		c.calm("join")
+		rest := c.measure(func() { pass(time.Minute) })
+		t.Logf("rest: %v, %d kB heap and stacks per peer", rest, (heap()-before)/uint64(peers)>>10)
+		c.calm("rest")
+		c.kill(t, 1)
+		c.kill(t, peers/10)
+		next := peer.Name(peers)
+		busy := c.measure(func() {
+			for begin := time.Now(); time.Since(begin) < churn; pass(time.Second) {
+				next++
+				c.start(next, c.some(3))
+				c.crash(c.order[rand.IntN(len(c.order))])
+			}
+		})
+		t.Logf("churn: %v", busy)
+		t.Logf("after churn: full view after %.1f s, %d suspicions and %d deaths of live peers", c.until("churn", 5*time.Minute, c.full).Seconds(),
+			c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
+	})
+}
+
+// some returns up to n of the peers there are.
+func (c *cluster) some(n int) []peer.Name {
+	out := slices.Clone(c.order)
+	rand.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
+	return out[:min(n, len(out))]
+}
+
+func (c *cluster) kill(t *testing.T, n int) {
+	t.Helper()
+	begin := time.Now()
+	x := c.measure(func() {
+		c.crash(c.some(n)...)
+		c.until("kill", 2*time.Minute, c.full)
+	})
+	t.Logf("kill %d: given up by all after %.1f s, %v, %d suspicions and %d deaths of live peers", n, time.Since(begin).Seconds(), x,
+		c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
+}

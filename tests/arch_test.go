@@ -32,7 +32,7 @@ func floors() [][]string {
 	return [][]string{
 		{"ipam/uptime"},
 		{"peer", "peer/state", "peer/target", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/memnet", "tests/setup"},
-		{"router/netdev/netdevtest", "peer/handshake", "peer/linkstate"},
+		{"router/netdev/netdevtest", "peer/dialer", "peer/handshake", "peer/linkstate"},
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"router/overlay/overlaytest"},
 		{"peer/gossip", "router/fastdp", "router/sleeve"},

@@ -27,9 +27,9 @@ func (m *Mesh) SetKeys(keys []*seal.Key) {
 			continue
 		}
 		if m.cfg.Discovery {
-			m.dials.discover(name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, true)
+			m.dials.Discover(name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, true)
 		}
-		m.dials.renew(name, now)
+		m.dials.Renew(name, now)
 	}
 	signal(m.kick)
 }

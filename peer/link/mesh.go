@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/dialer"
 	"weave.local/peer/handshake"
 	"weave.local/peer/linkstate"
 	"weave.local/peer/target"
@@ -128,7 +129,7 @@ type Mesh struct {
 	keys      []*seal.Key // as Config.Keys; the slice is never changed, but replaced
 	topo      *linkstate.DB
 	links     map[peer.Name]*link
-	dials     *dialer
+	dials     *dialer.Dialer
 	turned    turned
 	nonces    map[uint64]time.Time // of our handshakes of late
 	readers   map[chan struct{}]struct{}
@@ -171,7 +172,7 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		keys:     cfg.Keys,
 		topo:     linkstate.New(cfg.Self, uint64(now.UnixNano())),
 		links:    make(map[peer.Name]*link),
-		dials:    newDialer(cfg.Self.Port),
+		dials:    dialer.New(cfg.Self.Port),
 		turned:   make(turned),
 		nonces:   make(map[uint64]time.Time),
 		excluded: make(map[peer.Name]bool),
@@ -183,7 +184,7 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 	m.readers[m.changes] = struct{}{}
 	m.chooseShortIDLocked()
 	for _, t := range cfg.Targets {
-		if err := m.dials.add(t, now); err != nil {
+		if err := m.dials.Add(t, now); err != nil {
 			_ = l.Close()
 			return nil, err
 		}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/dialer"
 	"weave.local/peer/handshake"
 )
 
@@ -72,10 +73,10 @@ func (m *Mesh) loop(ctx context.Context) {
 		if m.discovery {
 			m.discovery = false
 			m.discoverLocked(now)
-			m.dials.wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
+			m.dials.Wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
 		}
-		spare := wanted(len(m.links), len(m.topo.Snapshot().Records()))
-		jobs := m.dials.start(now, m.servedLocked, m.roomLocked(), spare)
+		spare := dialer.Wanted(len(m.links), len(m.topo.Snapshot().Records()))
+		jobs := m.dials.Start(now, m.servedLocked, m.roomLocked(), spare)
 		m.mu.Unlock()
 		for _, j := range jobs {
 			m.tasks.Go(func() { m.attempt(ctx, j) })
@@ -95,7 +96,7 @@ func (m *Mesh) expireLocked(now time.Time) {
 	for _, name := range gone {
 		delete(m.windows, name)
 		delete(m.excluded, name)
-		m.dials.lose(name)
+		m.dials.Lose(name)
 	}
 	if len(gone) > 0 {
 		m.changedLocked()
@@ -310,9 +311,9 @@ func (m *Mesh) unregister(l *link) {
 	}
 	m.stale = true
 	m.count.lost.Add(1)
-	m.dials.down(l.peer.Name, l.reason, now.Sub(l.began), now)
+	m.dials.Down(l.peer.Name, l.reason, now.Sub(l.began), now)
 	if m.cfg.Discovery {
-		m.dials.discover(l.peer.Name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, m.self.UID < l.peer.UID)
+		m.dials.Discover(l.peer.Name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, m.self.UID < l.peer.UID)
 	}
 	m.changedLocked()
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/dialer"
 	"weave.local/peer/handshake"
 	"weave.local/peer/target"
 )
@@ -18,28 +19,16 @@ const (
 	dialWait = 4 * time.Second // two repetitions of a lost SYN
 )
 
-// State is what Connections says of a link or target.
-type State string
-
-// States of a Connection.
-const (
-	Connecting State = "connecting" // first attempt
-	Retrying   State = "retrying"   // a later attempt
-	Failed     State = "failed"     // waits for the next attempt, if there is one
-	Connected  State = "connected"  // there is a live link
-)
-
 // Connection is a live link or something to be dialled.
-type Connection struct {
-	Addr     string // of the other end: ip:port, or the target as given while it does not resolve
-	Outbound bool
-	State    State
-	Peer     peer.Info // who is at the other end; only the name, or nothing, while not connected
-	Err      string    // why the last attempt or link ended
-	Retry    time.Time // of the next attempt when Failed; zero: none is planned
-	Session  uint64    // when Connected
-	Sealed   bool      // when Connected: the data path is sealed
-}
+type Connection = dialer.Connection
+
+// States of a Connection, see package dialer.
+const (
+	Connecting = dialer.Connecting
+	Retrying   = dialer.Retrying
+	Failed     = dialer.Failed
+	Connected  = dialer.Connected
+)
 
 // Connections returns one entry for each live link, by name of the peer, then
 // one for each target or discovered peer without link, one for another live
@@ -54,7 +43,7 @@ func (m *Mesh) Connections() []Connection {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	rows := m.dials.rows(m.linkedLocked)
+	rows := m.dials.Rows(m.linkedLocked)
 	for i := range rows {
 		if r, ok := m.topo.Record(rows[i].Peer.Name); ok {
 			rows[i].Peer = r.Info
@@ -70,7 +59,7 @@ func (m *Mesh) Connections() []Connection {
 func (m *Mesh) Targets() []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.dials.targets()
+	return m.dials.Targets()
 }
 
 // Connect adds targets and dials them at once, also those it has already. The
@@ -86,7 +75,7 @@ func (m *Mesh) Forget(targets []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, t := range targets {
-		m.dials.forget(t)
+		m.dials.Forget(t)
 	}
 	m.changedLocked()
 }
@@ -100,9 +89,9 @@ func (m *Mesh) setTargets(targets []string, replace bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if replace {
-		for _, t := range m.dials.targets() {
+		for _, t := range m.dials.Targets() {
 			if _, keep := bad[t]; !keep {
-				m.dials.forget(t)
+				m.dials.Forget(t)
 			}
 		}
 	}
@@ -110,7 +99,7 @@ func (m *Mesh) setTargets(targets []string, replace bool) error {
 	for _, t := range targets {
 		err := bad[t]
 		if err == nil {
-			err = m.dials.add(t, now)
+			err = m.dials.Add(t, now)
 		}
 		if err != nil {
 			errs = append(errs, err)
@@ -164,42 +153,42 @@ func Resolve(ctx context.Context, targets []string, port uint16) error {
 }
 
 // attempt dials one target or peer and, on success, serves the link.
-func (m *Mesh) attempt(ctx context.Context, j job) {
+func (m *Mesh) attempt(ctx context.Context, j dialer.Job) {
 	l, o := m.connect(ctx, j)
 	m.mu.Lock()
-	m.dials.finish(j.dial, o, time.Now())
+	m.dials.Finish(j, o, time.Now())
 	m.changedLocked()
 	m.mu.Unlock()
 	if l != nil {
 		m.serve(ctx, l)
 		return
 	}
-	if o.err != nil {
-		m.log.Debug("not linked", "target", j.dial.key.target, "peer", j.dial.key.peer, "err", o.err)
+	if o.Err != nil {
+		m.log.Debug("not linked", "target", j.Target, "peer", j.Peer, "err", o.Err)
 	}
 }
 
-func (m *Mesh) connect(ctx context.Context, j job) (*link, outcome) {
-	addrs := j.addrs
+func (m *Mesh) connect(ctx context.Context, j dialer.Job) (*link, dialer.Outcome) {
+	addrs := j.Addrs
 	if len(addrs) == 0 {
 		var err error
-		if addrs, err = m.cfg.resolve(ctx, j.host, j.port); err != nil { // again each time: it may have moved
-			return nil, outcome{err: err}
+		if addrs, err = m.cfg.resolve(ctx, j.Host, j.Port); err != nil { // again each time: it may have moved
+			return nil, dialer.Outcome{Err: err}
 		}
 	}
-	o := outcome{addrs: addrs, err: errors.New("no address")}
+	o := dialer.Outcome{Addrs: addrs, Err: errors.New("no address")}
 	for _, a := range addrs {
 		if name := m.linkedAt(a); name != 0 {
-			o = outcome{addrs: addrs, peer: name}
-			if want := j.dial.key.peer; want == 0 || want == name {
+			o = dialer.Outcome{Addrs: addrs, Peer: name}
+			if want := j.Peer; want == 0 || want == name {
 				return nil, o
 			}
 			continue // several peers behind one address
 		}
 		l, got := m.dialAddr(ctx, a)
-		got.addrs = addrs
+		got.Addrs = addrs
 		o = got
-		if l != nil || o.err == nil || o.self || ctx.Err() != nil {
+		if l != nil || o.Err == nil || o.Self || ctx.Err() != nil {
 			return l, o
 		}
 	}
@@ -227,25 +216,25 @@ func listening(outbound bool, remote netip.AddrPort, port uint16) netip.AddrPort
 	return netip.AddrPortFrom(remote.Addr(), port)
 }
 
-func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, outcome) {
+func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, dialer.Outcome) {
 	conn, err := m.cfg.dial(ctx, a)
 	if err != nil {
-		return nil, outcome{err: plain(err)}
+		return nil, dialer.Outcome{Err: plain(err)}
 	}
 	l, h, err := m.greet(ctx, conn, true)
-	o := outcome{err: err}
+	o := dialer.Outcome{Err: err}
 	if h != nil {
-		o.peer = h.Info.Name
+		o.Peer = h.Info.Name
 	}
 	if r := (*handshake.Refusal)(nil); errors.As(err, &r) {
-		o.self = r.Code == handshake.RefuseSelf
-		o.collision = r.Code == handshake.RefuseCollision
-		o.refused = o.collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit
+		o.Self = r.Code == handshake.RefuseSelf
+		o.Collision = r.Code == handshake.RefuseCollision
+		o.Refused = o.Collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit
 		if r.Code == handshake.RefuseDuplicate {
-			o.err = nil
+			o.Err = nil
 		}
 	} else if err != nil {
-		o.err = plain(err)
+		o.Err = plain(err)
 	}
 	return l, o
 }
@@ -304,8 +293,8 @@ func (m *Mesh) discoverLocked(now time.Time) {
 			}
 		}
 	}
-	small := len(snap.Records()) <= meshMost // else whether they can be reached anyhow shows first
+	small := len(snap.Records()) <= dialer.MeshMost // else whether they can be reached anyhow shows first
 	for name, addrs := range found {
-		m.dials.discover(name, addrs, now, small && m.self.UID < ports[name].UID)
+		m.dials.Discover(name, addrs, now, small && m.self.UID < ports[name].UID)
 	}
 }

@@ -1,4 +1,4 @@
-package link
+package dialer
 
 import (
 	"errors"
@@ -13,7 +13,7 @@ import (
 
 // scene drives a dialer: links says which peers are linked.
 type scene struct {
-	*dialer
+	*Dialer
 	t     *testing.T
 	now   time.Time
 	links map[peer.Name]bool
@@ -21,9 +21,9 @@ type scene struct {
 
 func newScene(t *testing.T, targets ...string) *scene {
 	t.Helper()
-	s := &scene{dialer: newDialer(6783), t: t, now: time.Unix(1000, 0), links: map[peer.Name]bool{}}
+	s := &scene{Dialer: New(6783), t: t, now: time.Unix(1000, 0), links: map[peer.Name]bool{}}
 	for _, target := range targets {
-		if err := s.add(target, s.now); err != nil {
+		if err := s.Add(target, s.now); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -32,16 +32,16 @@ func newScene(t *testing.T, targets ...string) *scene {
 
 func (s *scene) linked(n peer.Name) bool { return s.links[n] }
 
-func (s *scene) begin() []job { return s.start(s.now, s.linked, true, 1000) }
+func (s *scene) begin() []Job { return s.Start(s.now, s.linked, true, 1000) }
 
 // fail lets the only due attempt fail and returns the wait until the next.
-func (s *scene) fail(o outcome) time.Duration {
+func (s *scene) fail(o Outcome) time.Duration {
 	s.t.Helper()
 	jobs := s.begin()
 	if len(jobs) != 1 {
 		s.t.Fatalf("%d attempts due", len(jobs))
 	}
-	s.finish(jobs[0].dial, o, s.now)
+	s.Finish(jobs[0], o, s.now)
 	return jobs[0].dial.due.Sub(s.now)
 }
 
@@ -49,41 +49,41 @@ func TestWaitsGrow(t *testing.T) {
 	s := newScene(t, "192.0.2.1")
 	want := firstWait
 	for i := range 20 {
-		got := s.fail(outcome{err: errors.New("no answer")})
+		got := s.fail(Outcome{Err: errors.New("no answer")})
 		if got < want*3/4 || got > want*5/4 {
 			t.Errorf("wait %d is %v, want %v by a quarter more or less", i, got, want)
 		}
-		if rows := s.rows(s.linked); len(rows) != 1 || rows[0].State != Failed || rows[0].Err != "no answer" ||
+		if rows := s.Rows(s.linked); len(rows) != 1 || rows[0].State != Failed || rows[0].Err != "no answer" ||
 			!rows[0].Retry.Equal(s.now.Add(got)) || rows[0].Addr != "192.0.2.1:6783" {
 			t.Errorf("rows %+v", rows)
 		}
 		s.now = s.now.Add(got)
 		want = min(want*3/2, longestWait)
 	}
-	if got := s.fail(outcome{err: errors.New("no answer")}); got > 10*time.Second {
+	if got := s.fail(Outcome{Err: errors.New("no answer")}); got > 10*time.Second {
 		t.Errorf("what heals after a long time is dialled only %v later", got)
 	}
-	if err := s.add("192.0.2.1", s.now); err != nil || len(s.begin()) != 1 {
+	if err := s.Add("192.0.2.1", s.now); err != nil || len(s.begin()) != 1 {
 		t.Errorf("not dialled at once when asked to: %v", err)
 	}
-	if rows := s.rows(s.linked); rows[0].State != Retrying || rows[0].Err != "no answer" {
+	if rows := s.Rows(s.linked); rows[0].State != Retrying || rows[0].Err != "no answer" {
 		t.Errorf("rows %+v", rows)
 	}
 }
 
 func TestLinkedTargetRests(t *testing.T) {
 	s := newScene(t, "192.0.2.1")
-	if rows := s.rows(s.linked); len(rows) != 1 || rows[0].State != Connecting {
+	if rows := s.Rows(s.linked); len(rows) != 1 || rows[0].State != Connecting {
 		t.Errorf("rows %+v", rows)
 	}
-	s.fail(outcome{peer: 7})
+	s.fail(Outcome{Peer: 7})
 	s.links[7] = true
 	s.now = s.now.Add(time.Hour)
-	if jobs, rows := s.begin(), s.rows(s.linked); len(jobs) != 0 || len(rows) != 0 {
+	if jobs, rows := s.begin(), s.Rows(s.linked); len(jobs) != 0 || len(rows) != 0 {
 		t.Errorf("dialled or shown although linked: %v %v", jobs, rows)
 	}
 	delete(s.links, 7)
-	s.down(7, errors.New("cut"), time.Hour, s.now)
+	s.Down(7, errors.New("cut"), time.Hour, s.now)
 	if len(s.begin()) != 0 {
 		t.Error("dialled in the very moment of the loss")
 	}
@@ -102,8 +102,8 @@ func TestFlappingLinkIsDialledLessAndLess(t *testing.T) {
 		if len(jobs) != 1 {
 			t.Fatalf("%d attempts due", len(jobs))
 		}
-		s.finish(jobs[0].dial, outcome{peer: 7}, s.now)
-		s.down(7, errors.New("broken"), time.Second, s.now)
+		s.Finish(jobs[0], Outcome{Peer: 7}, s.now)
+		s.Down(7, errors.New("broken"), time.Second, s.now)
 		last = jobs[0].dial.due.Sub(s.now)
 		s.now = s.now.Add(last)
 	}
@@ -114,12 +114,12 @@ func TestFlappingLinkIsDialledLessAndLess(t *testing.T) {
 
 func TestOurselvesAreLeftSilently(t *testing.T) {
 	s := newScene(t, "192.0.2.1")
-	s.fail(outcome{peer: 1, self: true, err: errors.New("self")})
+	s.fail(Outcome{Peer: 1, Self: true, Err: errors.New("self")})
 	s.now = s.now.Add(time.Hour)
-	if len(s.begin()) != 0 || len(s.rows(s.linked)) != 0 {
+	if len(s.begin()) != 0 || len(s.Rows(s.linked)) != 0 {
 		t.Error("dialled or shown again")
 	}
-	if got := s.targets(); !slices.Equal(got, []string{"192.0.2.1"}) {
+	if got := s.Targets(); !slices.Equal(got, []string{"192.0.2.1"}) {
 		t.Errorf("targets %v", got)
 	}
 }
@@ -127,9 +127,9 @@ func TestOurselvesAreLeftSilently(t *testing.T) {
 // Whoever answers and does not want us is shown with the reason and dialled
 // rarely, but not left for ever: the other may be restarted under another name.
 func TestRefusalsAreRepeatedRarely(t *testing.T) {
-	for name, o := range map[string]outcome{
-		"collision": {err: errors.New("taken"), refused: true, collision: true},
-		"password":  {err: errors.New("passwords differ"), refused: true},
+	for name, o := range map[string]Outcome{
+		"collision": {Err: errors.New("taken"), Refused: true, Collision: true},
+		"password":  {Err: errors.New("passwords differ"), Refused: true},
 	} {
 		s := newScene(t, "192.0.2.1")
 		begin := s.now
@@ -141,7 +141,7 @@ func TestRefusalsAreRepeatedRarely(t *testing.T) {
 		if tries < 40 || tries > 90 {
 			t.Errorf("%s: %d attempts in an hour", name, tries)
 		}
-		if rows := s.rows(s.linked); rows[0].State != Failed || rows[0].Err != o.err.Error() || rows[0].Retry.IsZero() {
+		if rows := s.Rows(s.linked); rows[0].State != Failed || rows[0].Err != o.Err.Error() || rows[0].Retry.IsZero() {
 			t.Errorf("%s: %+v", name, rows)
 		}
 	}
@@ -154,7 +154,7 @@ func TestManyDeadPeers(t *testing.T) {
 	s := newScene(t)
 	for i := range dead {
 		addr := netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)})
-		s.discover(peer.Name(i+1), []netip.AddrPort{netip.AddrPortFrom(addr, 6783)}, s.now, true)
+		s.Discover(peer.Name(i+1), []netip.AddrPort{netip.AddrPortFrom(addr, 6783)}, s.now, true)
 	}
 	reach := map[peer.Name]bool{}
 	reaches := func(n peer.Name) bool { return reach[n] }
@@ -162,12 +162,12 @@ func TestManyDeadPeers(t *testing.T) {
 	second := func() (n int, woken bool) { // in which all attempts fail at once
 		for range 10 {
 			s.now = s.now.Add(100 * time.Millisecond)
-			s.wake(reaches, s.linked, s.now)
+			s.Wake(reaches, s.linked, s.now)
 			for _, j := range s.begin() {
 				n++
 				tried[j.dial.peer]++
 				woken = woken || reach[j.dial.peer]
-				s.finish(j.dial, outcome{err: errors.New("refused")}, s.now)
+				s.Finish(j, Outcome{Err: errors.New("refused")}, s.now)
 			}
 		}
 		return n, woken
@@ -202,7 +202,7 @@ func TestManyDeadPeers(t *testing.T) {
 	if s.busy > maxRepeats {
 		t.Errorf("%d attempts hang", s.busy)
 	}
-	if err := s.add("192.0.2.1", s.now); err != nil || len(s.begin()) != 1 {
+	if err := s.Add("192.0.2.1", s.now); err != nil || len(s.begin()) != 1 {
 		t.Errorf("no room for a new target: %v", err)
 	}
 }
@@ -210,18 +210,18 @@ func TestManyDeadPeers(t *testing.T) {
 func TestDiscovery(t *testing.T) {
 	at := []netip.AddrPort{netip.MustParseAddrPort("192.0.2.7:6783")}
 	s := newScene(t)
-	s.discover(7, at, s.now, true)
-	s.discover(8, []netip.AddrPort{netip.MustParseAddrPort("192.0.2.8:6783")}, s.now, false)
+	s.Discover(7, at, s.now, true)
+	s.Discover(8, []netip.AddrPort{netip.MustParseAddrPort("192.0.2.8:6783")}, s.now, false)
 	jobs := s.begin()
-	if len(jobs) != 1 || jobs[0].dial.peer != 7 || !slices.Equal(jobs[0].addrs, at) {
+	if len(jobs) != 1 || jobs[0].dial.peer != 7 || !slices.Equal(jobs[0].Addrs, at) {
 		t.Fatalf("jobs %+v", jobs)
 	}
-	s.finish(jobs[0].dial, outcome{peer: 9}, s.now)
-	if rows := s.rows(s.linked); !strings.Contains(rows[0].Err, "another peer") {
+	s.Finish(jobs[0], Outcome{Peer: 9}, s.now)
+	if rows := s.Rows(s.linked); !strings.Contains(rows[0].Err, "another peer") {
 		t.Errorf("rows %+v", rows)
 	}
 	s.now = s.now.Add(politeWait)
-	if got := s.start(s.now, s.linked, false, 1000); len(got) != 0 {
+	if got := s.Start(s.now, s.linked, false, 1000); len(got) != 0 {
 		t.Error("dialled over the limit of links")
 	}
 	if got := s.begin(); len(got) != 2 {
@@ -230,13 +230,13 @@ func TestDiscovery(t *testing.T) {
 
 	// A target that leads there replaces what was discovered.
 	s = newScene(t, "192.0.2.7")
-	s.discover(7, at, s.now, true)
+	s.Discover(7, at, s.now, true)
 	if len(s.dials) != 1 {
 		t.Error("dialled twice")
 	}
 	s = newScene(t)
-	s.discover(7, at, s.now, true)
-	s.lose(7)
+	s.Discover(7, at, s.now, true)
+	s.Lose(7)
 	if len(s.begin()) != 0 {
 		t.Error("dialled although it is gone for good")
 	}
@@ -245,10 +245,10 @@ func TestDiscovery(t *testing.T) {
 func TestForgottenDuringAttempt(t *testing.T) {
 	s := newScene(t, "192.0.2.1")
 	jobs := s.begin()
-	s.forget("192.0.2.1")
-	s.finish(jobs[0].dial, outcome{err: errors.New("no answer")}, s.now)
+	s.Forget("192.0.2.1")
+	s.Finish(jobs[0], Outcome{Err: errors.New("no answer")}, s.now)
 	s.now = s.now.Add(time.Hour)
-	if len(s.begin()) != 0 || len(s.rows(s.linked)) != 0 || s.busy != 0 {
+	if len(s.begin()) != 0 || len(s.Rows(s.linked)) != 0 || s.busy != 0 {
 		t.Error("came back")
 	}
 }
@@ -256,17 +256,17 @@ func TestForgottenDuringAttempt(t *testing.T) {
 // Of many peers discovery dials some, and all that cannot be reached; what it
 // leaves alone is not shown.
 func TestManyPeersAreLinkedSparsely(t *testing.T) {
-	if wanted(5, meshMost) <= 0 || wanted(enoughLinks, meshMost+1) > 0 || wanted(3, meshMost+1) != enoughLinks-3 {
+	if Wanted(5, MeshMost) <= 0 || Wanted(enoughLinks, MeshMost+1) > 0 || Wanted(3, MeshMost+1) != enoughLinks-3 {
 		t.Error("too few or too many links are wanted")
 	}
 	s := newScene(t)
 	const far = 280
 	for n := peer.Name(1); n <= 300; n++ {
-		s.discover(n, []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 6783)}, s.now, true)
+		s.Discover(n, []netip.AddrPort{netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(n)}), 6783)}, s.now, true)
 	}
-	s.wake(func(n peer.Name) bool { return n <= far }, s.linked, s.now)
+	s.Wake(func(n peer.Name) bool { return n <= far }, s.linked, s.now)
 	for range 100 {
-		jobs := s.start(s.now, s.linked, true, 3-len(s.links))
+		jobs := s.Start(s.now, s.linked, true, 3-len(s.links))
 		near := 0
 		for _, j := range jobs {
 			if j.dial.peer <= far {
@@ -276,11 +276,11 @@ func TestManyPeersAreLinkedSparsely(t *testing.T) {
 		if most := max(0, 3-len(s.links)); near > most {
 			t.Fatalf("%d attempts for %d links", near, most)
 		}
-		if more := s.start(s.now, s.linked, true, 3-len(s.links)); slices.ContainsFunc(more, func(j job) bool { return j.dial.peer <= far }) {
+		if more := s.Start(s.now, s.linked, true, 3-len(s.links)); slices.ContainsFunc(more, func(j Job) bool { return j.dial.peer <= far }) {
 			t.Fatal("what runs is not counted")
 		}
 		for _, j := range jobs {
-			if s.finish(j.dial, outcome{peer: j.dial.peer}, s.now); len(s.links) < 3 || j.dial.peer > far {
+			if s.Finish(j, Outcome{Peer: j.dial.peer}, s.now); len(s.links) < 3 || j.dial.peer > far {
 				s.links[j.dial.peer] = true
 			}
 		}
@@ -296,7 +296,7 @@ func TestManyPeersAreLinkedSparsely(t *testing.T) {
 			t.Errorf("no link to %v, which is out of reach", n)
 		}
 	}
-	if rows := s.rows(s.linked); len(rows) != 0 {
+	if rows := s.Rows(s.linked); len(rows) != 0 {
 		t.Errorf("%d rows of peers that need no link", len(rows))
 	}
 }

@@ -1,4 +1,6 @@
-package link
+// Package dialer decides which targets and discovered peers are dialled when,
+// and what status shows of those without a link. It is pure: no I/O, no clock.
+package dialer
 
 import (
 	"cmp"
@@ -25,14 +27,15 @@ const (
 	repeatRate    = 16                      // attempts per second that follow a failure, over all there is to dial
 	maxCollisions = 5                       // refusals because of a name, in a row, before an address is tried rarely
 	wakeSpread    = time.Second             // over which peers that came back into reach are dialled
-	meshMost      = 100                     // of so many peers discovery links all to all
-	enoughLinks   = 10                      // of more, each to so many; who cannot be reached is dialled anyhow
+	// MeshMost is of how many peers at most discovery links all to all.
+	MeshMost    = 100
+	enoughLinks = 10 // of more, each to so many; who cannot be reached is dialled anyhow
 )
 
-// dialer decides what is dialled when. It is pure: the time and what happened
+// Dialer decides what is dialled when. It is pure: the time and what happened
 // come in, attempts to make go out. It is not safe for use by several
 // goroutines.
-type dialer struct {
+type Dialer struct {
 	port  uint16 // of targets without one
 	dials map[dialKey]*dial
 	busy  int // attempts that run
@@ -68,12 +71,13 @@ type dial struct {
 	err   string // of the last attempt or link
 }
 
-func newDialer(port uint16) *dialer {
-	return &dialer{port: port, dials: make(map[dialKey]*dial)}
+// New is a Dialer without anything to dial; port is that of targets without one.
+func New(port uint16) *Dialer {
+	return &Dialer{port: port, dials: make(map[dialKey]*dial)}
 }
 
-// add makes target due at once, whether it was known or not.
-func (ds *dialer) add(name string, now time.Time) error {
+// Add makes target due at once, whether it was known or not.
+func (ds *Dialer) Add(name string, now time.Time) error {
 	host, port, err := target.Split(name, ds.port)
 	if err != nil {
 		return err
@@ -91,13 +95,14 @@ func (ds *dialer) add(name string, now time.Time) error {
 	return nil
 }
 
-func (ds *dialer) forget(target string) { delete(ds.dials, dialKey{target: target}) }
+// Forget drops a target.
+func (ds *Dialer) Forget(target string) { delete(ds.dials, dialKey{target: target}) }
 
-// lose forgets a discovered peer that is gone for good.
-func (ds *dialer) lose(name peer.Name) { delete(ds.dials, dialKey{peer: name}) }
+// Lose forgets a discovered peer that is gone for good.
+func (ds *Dialer) Lose(name peer.Name) { delete(ds.dials, dialKey{peer: name}) }
 
-// targets returns what the user gave, sorted.
-func (ds *dialer) targets() []string {
+// Targets returns what the user gave, sorted.
+func (ds *Dialer) Targets() []string {
 	var out []string
 	for key := range ds.dials {
 		if key.target != "" {
@@ -108,9 +113,9 @@ func (ds *dialer) targets() []string {
 	return out
 }
 
-// discover notes where a peer may be reached. The polite end leaves it to the
+// Discover notes where a peer may be reached. The polite end leaves it to the
 // other to dial first, so that usually only one does.
-func (ds *dialer) discover(name peer.Name, addrs []netip.AddrPort, now time.Time, first bool) {
+func (ds *Dialer) Discover(name peer.Name, addrs []netip.AddrPort, now time.Time, first bool) {
 	key := dialKey{peer: name}
 	if ds.covered(name, addrs) {
 		delete(ds.dials, key)
@@ -131,7 +136,7 @@ func (ds *dialer) discover(name peer.Name, addrs []netip.AddrPort, now time.Time
 }
 
 // covered says whether a target leads to the peer.
-func (ds *dialer) covered(name peer.Name, addrs []netip.AddrPort) bool {
+func (ds *Dialer) covered(name peer.Name, addrs []netip.AddrPort) bool {
 	for key, d := range ds.dials {
 		if key.target == "" {
 			continue
@@ -148,18 +153,21 @@ func (ds *dialer) covered(name peer.Name, addrs []netip.AddrPort) bool {
 	return false
 }
 
-// job is an attempt to make. It is not changed while the attempt runs.
-type job struct {
-	dial  *dial
-	host  string // to resolve, when addrs do not come from discovery
-	port  uint16
-	addrs []netip.AddrPort
+// Job is an attempt to make. It is not changed while the attempt runs.
+type Job struct {
+	Target string           // as the user wrote it; empty: it was discovered
+	Peer   peer.Name        // that was discovered; 0 for a target
+	Host   string           // to resolve, when Addrs do not come from discovery
+	Port   uint16           // of the target
+	Addrs  []netip.AddrPort // of what was discovered
+
+	dial *dial
 }
 
-// start returns the attempts to begin now. Those that follow a failure are
+// Start returns the attempts to begin now. Those that follow a failure are
 // bounded in number and rate, the longest due first, so that however many
 // peers are gone, dialling them costs little and holds up no others.
-func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool, spare int) []job {
+func (ds *Dialer) Start(now time.Time, linked func(peer.Name) bool, room bool, spare int) []Job {
 	ds.credit = min(repeatRate, ds.credit+repeatRate*now.Sub(ds.counted).Seconds())
 	ds.counted = now
 	ds.spare = spare
@@ -174,7 +182,7 @@ func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool, s
 		due = append(due, d)
 	}
 	slices.SortFunc(due, func(a, b *dial) int { return a.due.Compare(b.due) })
-	var jobs []job
+	var jobs []Job
 	for _, again := range []bool{false, true} {
 		for _, d := range due {
 			if d.wait > 0 != again || ds.busy >= maxBusy || again && (ds.repeats >= maxRepeats || ds.credit < 1) {
@@ -192,9 +200,9 @@ func (ds *dialer) start(now time.Time, linked func(peer.Name) bool, room bool, s
 	return jobs
 }
 
-// wanted is how many more links discovery makes among so many peers.
-func wanted(links, peers int) int {
-	if peers <= meshMost {
+// Wanted is how many more links discovery makes among so many peers.
+func Wanted(links, peers int) int {
+	if peers <= MeshMost {
 		return peers
 	}
 	return enoughLinks - links
@@ -203,7 +211,7 @@ func wanted(links, peers int) int {
 // optional says whether we do without a link to the peer when we have enough.
 func (d *dial) optional() bool { return d.key.target == "" && d.near }
 
-func (ds *dialer) begin(d *dial) job {
+func (ds *Dialer) begin(d *dial) Job {
 	if d.again = d.wait > 0; d.again {
 		ds.repeats++
 		ds.credit--
@@ -211,16 +219,16 @@ func (ds *dialer) begin(d *dial) job {
 	d.busy = true
 	ds.busy++
 	d.tries++
-	j := job{dial: d, host: d.host, port: d.port}
+	j := Job{Target: d.key.target, Peer: d.key.peer, Host: d.host, Port: d.port, dial: d}
 	if d.key.target == "" {
-		j.addrs = slices.Clone(d.addrs)
+		j.Addrs = slices.Clone(d.addrs)
 	}
 	return j
 }
 
-// wake takes note of who can be reached over others. Whoever comes back into
+// Wake takes note of who can be reached over others. Whoever comes back into
 // reach is worth a dial soon, however long the wait had become.
-func (ds *dialer) wake(reaches, linked func(peer.Name) bool, now time.Time) {
+func (ds *Dialer) Wake(reaches, linked func(peer.Name) bool, now time.Time) {
 	for _, d := range ds.dials {
 		near := d.peer != 0 && reaches(d.peer)
 		if near && !d.near && !linked(d.peer) && d.wait > 0 {
@@ -233,8 +241,8 @@ func (ds *dialer) wake(reaches, linked func(peer.Name) bool, now time.Time) {
 	}
 }
 
-// renew makes what leads to a peer due at once.
-func (ds *dialer) renew(name peer.Name, now time.Time) {
+// Renew makes what leads to a peer due at once.
+func (ds *Dialer) Renew(name peer.Name, now time.Time) {
 	for _, d := range ds.dials {
 		if d.peer == name {
 			d.wait, d.due = 0, now
@@ -242,35 +250,36 @@ func (ds *dialer) renew(name peer.Name, now time.Time) {
 	}
 }
 
-// outcome is how an attempt ended.
-type outcome struct {
-	peer      peer.Name        // who answered; 0 when nobody did
-	addrs     []netip.AddrPort // what the name resolved to
-	err       error            // nil: there is a link to peer now
-	self      bool             // we answered ourselves
-	refused   bool             // by somebody who will do so again
-	collision bool             // because of a name
+// Outcome is how an attempt ended.
+type Outcome struct {
+	Peer      peer.Name        // who answered; 0 when nobody did
+	Addrs     []netip.AddrPort // what the name resolved to
+	Err       error            // nil: there is a link to the peer now
+	Self      bool             // we answered ourselves
+	Refused   bool             // by somebody who will do so again
+	Collision bool             // because of a name
 }
 
-// finish takes the outcome of an attempt.
-func (ds *dialer) finish(d *dial, o outcome, now time.Time) {
+// Finish takes how an attempt ended.
+func (ds *Dialer) Finish(j Job, o Outcome, now time.Time) {
+	d := j.dial
 	ds.busy--
 	if d.again {
 		ds.repeats--
 	}
 	d.busy, d.again = false, false
-	if len(o.addrs) > 0 {
-		d.addrs = o.addrs
+	if len(o.Addrs) > 0 {
+		d.addrs = o.Addrs
 	}
-	if o.peer != 0 && d.key.target != "" {
-		d.peer = o.peer
+	if o.Peer != 0 && d.key.target != "" {
+		d.peer = o.Peer
 	}
 	switch {
-	case o.self:
+	case o.Self:
 		d.left = true
-	case o.err == nil && d.key.target == "" && o.peer != d.peer:
-		d.fail(fmt.Errorf("another peer, %s, answers there", o.peer), now, refusedWait)
-	case o.err == nil:
+	case o.Err == nil && d.key.target == "" && o.Peer != d.peer:
+		d.fail(fmt.Errorf("another peer, %s, answers there", o.Peer), now, refusedWait)
+	case o.Err == nil:
 		d.tries, d.wrong, d.err = 0, 0, ""
 		d.due = now.Add(jitter(firstWait))
 	default:
@@ -279,17 +288,17 @@ func (ds *dialer) finish(d *dial, o outcome, now time.Time) {
 }
 
 // missed takes the outcome of an attempt that made no link.
-func (ds *dialer) missed(d *dial, o outcome, now time.Time) {
+func (ds *Dialer) missed(d *dial, o Outcome, now time.Time) {
 	most := longestWait
-	if o.refused {
+	if o.Refused {
 		most = refusedWait
 	}
-	if !o.collision {
+	if !o.Collision {
 		d.wrong = 0
 	} else if d.wrong++; d.wrong >= maxCollisions {
 		d.wait = refusedWait // whoever has the name will hardly give it up soon
 	}
-	d.fail(o.err, now, most)
+	d.fail(o.Err, now, most)
 }
 
 func (d *dial) fail(err error, now time.Time, most time.Duration) {
@@ -301,8 +310,8 @@ func (d *dial) fail(err error, now time.Time, most time.Duration) {
 // jitter spreads d by a quarter to both sides.
 func jitter(d time.Duration) time.Duration { return d*3/4 + rand.N(d/2) }
 
-// down says that the link to a peer ended.
-func (ds *dialer) down(name peer.Name, reason error, lived time.Duration, now time.Time) {
+// Down says that the link to a peer ended.
+func (ds *Dialer) Down(name peer.Name, reason error, lived time.Duration, now time.Time) {
 	for _, d := range ds.dials {
 		if d.peer != name {
 			continue
@@ -314,8 +323,8 @@ func (ds *dialer) down(name peer.Name, reason error, lived time.Duration, now ti
 	}
 }
 
-// rows describes what has no link, targets first.
-func (ds *dialer) rows(linked func(peer.Name) bool) []Connection {
+// Rows describes what has no link, targets first.
+func (ds *Dialer) Rows(linked func(peer.Name) bool) []Connection {
 	var out []Connection
 	keys := slices.Collect(maps.Keys(ds.dials))
 	slices.SortFunc(keys, func(a, b dialKey) int {

@@ -54,12 +54,9 @@ func (a *Allocator) Conflicts() map[peer.Name]string {
 }
 
 func (a *Allocator) conflictsLocked() map[peer.Name]string {
+	maps.DeleteFunc(a.conflict, func(_ peer.Name, c conflict) bool { return time.Since(c.at) > conflictShown })
 	out := make(map[peer.Name]string, len(a.conflict))
 	for name, c := range a.conflict {
-		if time.Since(c.at) > conflictShown {
-			delete(a.conflict, name)
-			continue
-		}
 		out[name] = c.text
 	}
 	return out
@@ -152,15 +149,8 @@ func (a *Allocator) describeRegister(out *Status, st *register.State, up []peer.
 		}
 		out.Peers = append(out.Peers, share)
 	}
-	slices.SortFunc(out.Peers, func(p, q PeerShare) int {
-		if p.Self != q.Self {
-			if p.Self {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Compare(p.Name, q.Name)
-	})
+	rank := map[bool]int{true: -1} // self goes first
+	slices.SortStableFunc(out.Peers, func(p, q PeerShare) int { return rank[p.Self] - rank[q.Self] })
 }
 
 // view is what the words about the allocator are made of; it is taken under

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -61,14 +62,8 @@ func removeVXLANs(bridge string, except ...string) error {
 		return err
 	}
 	var errs []error
-next:
 	for _, p := range ports {
-		for _, name := range except {
-			if p.Name == name {
-				continue next
-			}
-		}
-		if p.Kind == "vxlan" && strings.HasPrefix(p.Name, vxlanPrefix) {
+		if p.Kind == "vxlan" && strings.HasPrefix(p.Name, vxlanPrefix) && !slices.Contains(except, p.Name) {
 			errs = append(errs, netdev.DeleteLink(p.Name))
 		}
 	}

@@ -206,10 +206,8 @@ func (d *DataPath) sendExams(due map[peer.ShortID][]segments) {
 // and those to this neighbour do not go past it.
 func (d *DataPath) followExams() {
 	d.examMu.Lock()
-	wanted := false
-	for _, o := range d.offloads {
-		wanted = wanted || o.active && d.doubtedLocked(o)
-	}
+	all := slices.Collect(maps.Values(d.offloads))
+	wanted := slices.ContainsFunc(all, func(o *offload) bool { return o.active && d.doubtedLocked(o) })
 	same := wanted == d.software
 	d.examMu.Unlock()
 	d.lookAgain()

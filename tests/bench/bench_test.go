@@ -223,7 +223,7 @@ func TestMeasures(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,relay,sleeve,tcp1,udp,rtt",
+	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,relay,sealed-relay,wireguard,tcp1,udp,rtt",
 		"--endpoints", "1000", "--peers", "50")
 	cmd.Stderr = t.Output()
 	out, err := cmd.Output()
@@ -234,7 +234,7 @@ func TestMeasures(t *testing.T) {
 	if err := json.Unmarshal(out, &r); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 5 || r.Crowd == nil || r.Crowd.Endpoints != 1000 {
+	if len(r.Underlays) != 1 || len(r.Underlays[0].Paths) != 6 || r.Crowd == nil || r.Crowd.Endpoints != 1000 {
 		t.Fatalf("%s", out)
 	}
 	for _, p := range r.Underlays[0].Paths {

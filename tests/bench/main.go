@@ -5,7 +5,10 @@
 //	vxlan   kernel bridge + VXLAN with a static forwarding table, MTU 1450
 //	fastdp  ours, with real daemons
 //	relay   the same through a third host, the ends knowing only that one
-//	sleeve  ours, daemons launched with --no-fastdp (for information)
+//	sleeve  ours, daemons launched with --no-fastdp
+//	sealed  the same with --password
+//	wireguard  wireguard-go on each host, containers' subnets routed into it
+//	sleeve-relay, sealed-relay, wireguard-relay  the same through a third host
 //
 // With --endpoints there is one more, fastdp-full: fastdp itself, while the
 // tables of both hosts hold that many endpoints on --peers peers besides its own.
@@ -49,6 +52,8 @@ type options struct {
 	runs        int
 	seconds     int
 	weave       string
+	wireguard   string // the program; empty when no path needs it
+	wgVersion   string
 	crowd       crowd // of fastdp-full, if it has endpoints
 	only        filter
 }
@@ -160,6 +165,12 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	if err != nil {
 		return err
+	}
+	if slices.ContainsFunc(o.only.paths, func(p string) bool { return strings.HasPrefix(p, "wireguard") }) {
+		progress("wireguard-go, to measure against")
+		if o.wireguard, o.wgVersion, err = setup.WireGuard(ctx); err != nil {
+			return err
+		}
 	}
 	// The program that measures must not collect garbage meanwhile.
 	debug.SetGCPercent(1000)

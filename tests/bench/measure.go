@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,8 +20,10 @@ import (
 
 // What there is to choose from, in the order in which it is shown.
 func allUnderlays() []string { return []string{"super", "wire"} }
-func allPaths() []string     { return []string{"raw", "vxlan", "fastdp", "relay", "sleeve"} }
-func allMeasures() []string  { return []string{"tcp1", "tcp4", "udp", "rtt"} }
+func allPaths() []string {
+	return []string{"raw", "vxlan", "fastdp", "relay", "sleeve", "sealed", "wireguard", "sleeve-relay", "sealed-relay", "wireguard-relay"}
+}
+func allMeasures() []string { return []string{"tcp1", "tcp4", "udp", "rtt"} }
 
 const (
 	// grace is what a measurement may take besides its own time.
@@ -43,6 +46,7 @@ type pathResult struct {
 	MTU    int                  `json:"mtu"`
 	Rounds map[string][]float64 `json:"rounds"`
 	Median map[string]float64   `json:"median"`
+	Peak   int64                `json:"peak_bytes,omitempty"` // most memory that a daemon needed which carries packets itself
 }
 
 func (u *underlayResult) path(name string) *pathResult {
@@ -56,7 +60,7 @@ func (u *underlayResult) path(name string) *pathResult {
 
 func measureUnderlay(ctx context.Context, o options, name string) (u *underlayResult, err error) {
 	progress("underlay %s: hosts, daemons, paths %s", name, strings.Join(o.only.paths, " "))
-	s, err := buildScene(ctx, name, o.weave, o.only.paths)
+	s, err := buildScene(ctx, name, o)
 	if err != nil {
 		return nil, err
 	}
@@ -86,6 +90,11 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 		}
 		defer stop()
 	}
+	for _, p := range s.paths {
+		if err := s.daemons(p.name, forgetPeak); err != nil {
+			return nil, err
+		}
+	}
 	for round := range o.runs {
 		progress("underlay %s: round %d of %d", name, round+1, o.runs)
 		for _, m := range o.only.measures {
@@ -102,6 +111,14 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 		for q, values := range p.Rounds {
 			p.Median[q] = median(values)
 		}
+		err := s.daemons(p.Name, func(h *lab.Host, daemon string) error {
+			most, err := memory(h, daemon, "VmHWM:")
+			p.Peak = max(p.Peak, most)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
 	}
 	return u, s.stillThere(ctx)
 }
@@ -109,19 +126,35 @@ func measureUnderlay(ctx context.Context, o options, name string) (u *underlayRe
 // stillThere fails when a connection is no longer by the path it was measured
 // for.
 func (s *scene) stillThere(ctx context.Context) error {
-	host := s.lab.Host
 	for _, p := range s.paths {
 		var err error
-		switch p.name {
-		case "fastdp":
-			err = s.connected(ctx, p.name, []*lab.Host{host("f1"), host("f2"), host("f3")})
-		case "relay":
-			err = s.relayed(ctx, host("r1"), host("r2"), host("r3"))
-		case "sleeve":
-			err = s.connected(ctx, p.name, []*lab.Host{host("s1"), host("s2")})
+		switch hosts := s.hosts(p.name); p.name {
+		case "fastdp", "sleeve", "sealed":
+			err = s.connected(ctx, carrier(p.name), hosts)
+		case "relay", "sleeve-relay", "sealed-relay":
+			err = s.relayed(ctx, carrier(p.name), hosts[0], hosts[1], hosts[2])
 		}
 		if err != nil {
 			return fmt.Errorf("after the measurement: %w", err)
+		}
+	}
+	return nil
+}
+
+// daemons calls do for each daemon that carries the packets of a path itself.
+func (s *scene) daemons(path string, do func(h *lab.Host, daemon string) error) error {
+	var daemon string
+	switch path {
+	case "sleeve", "sealed", "sleeve-relay", "sealed-relay":
+		daemon = filepath.Base(s.weave)
+	case "wireguard", "wireguard-relay":
+		daemon = filepath.Base(s.wireguard)
+	default:
+		return nil
+	}
+	for _, h := range s.hosts(path) {
+		if err := do(h, daemon); err != nil {
+			return fmt.Errorf("memory of %s on %s: %w", daemon, h.Name, err)
 		}
 	}
 	return nil

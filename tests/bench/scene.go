@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -64,13 +65,67 @@ type path struct {
 //
 //	f1 ── f2 ── f3   raw, vxlan and fastdp between f1 and f2; f3 makes them three peers
 //	r1 ── r2 ── r3   relay: from r1 to r3, which do not know each other
-//	s1 ── s2         sleeve
+//	s1 ── s2         sleeve; likewise e1, e2 sealed and w1, w2 wireguard
+//	t1 ── t2 ── t3   sleeve-relay; likewise g1, g2, g3 sealed-relay and m1, m2, m3 wireguard-relay
 type scene struct {
-	lab   *lab.Lab
-	weave string
-	paths []path
-	mesh  meshFigures
-	full  *crowds // of fastdp-full
+	lab       *lab.Lab
+	weave     string
+	wireguard string // the program
+	paths     []path
+	mesh      meshFigures
+	full      *crowds // of fastdp-full
+}
+
+// hostNames are the hosts between whose containers a path lies, in a row, and
+// those that only make the mesh larger.
+func hostNames(path string) []string {
+	switch path {
+	case "relay":
+		return []string{"r1", "r2", "r3"}
+	case "sleeve":
+		return []string{"s1", "s2"}
+	case "sealed":
+		return []string{"e1", "e2"}
+	case "wireguard":
+		return []string{"w1", "w2"}
+	case "sleeve-relay":
+		return []string{"t1", "t2", "t3"}
+	case "sealed-relay":
+		return []string{"g1", "g2", "g3"}
+	case "wireguard-relay":
+		return []string{"m1", "m2", "m3"}
+	default:
+		return []string{"f1", "f2", "f3"}
+	}
+}
+
+// hosts are those of a path.
+func (s *scene) hosts(path string) []*lab.Host {
+	var out []*lab.Host
+	for _, name := range hostNames(path) {
+		out = append(out, s.lab.Host(name))
+	}
+	return out
+}
+
+// launchFlags make the daemons of a path of ours serve it.
+func launchFlags(path string) []string {
+	flags := []string{"--no-dns", "--docker-api", ""}
+	switch path {
+	case "sleeve", "sleeve-relay":
+		flags = append(flags, "--no-fastdp")
+	case "sealed", "sealed-relay":
+		flags = append(flags, "--password", "only for the bench")
+	}
+	return flags
+}
+
+// carrier is the data path that carries a path of ours.
+func carrier(path string) string {
+	if path == "fastdp" || path == "relay" {
+		return "fastdp"
+	}
+	return "sleeve"
 }
 
 // meshFigures are about the daemons of fastdp.
@@ -80,33 +135,27 @@ type meshFigures struct {
 	RSSBytes      int64   `json:"rss_bytes"`      // largest, idle
 }
 
-func buildScene(ctx context.Context, underlay, weave string, names []string) (s *scene, err error) {
-	l, err := lab.New(ctx, lab.Config{Hosts: []string{"f1", "f2", "f3", "r1", "r2", "r3", "s1", "s2"}, MTU: rawMTU, Wire: underlay == "wire"})
+func buildScene(ctx context.Context, underlay string, o options) (s *scene, err error) {
+	var hosts []string
+	for _, name := range o.only.paths {
+		for _, h := range hostNames(name) {
+			if !slices.Contains(hosts, h) {
+				hosts = append(hosts, h)
+			}
+		}
+	}
+	l, err := lab.New(ctx, lab.Config{Hosts: hosts, MTU: rawMTU, Wire: underlay == "wire"})
 	if err != nil {
 		return nil, err
 	}
-	s = &scene{lab: l, weave: weave}
+	s = &scene{lab: l, weave: o.weave, wireguard: o.wireguard}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	for _, name := range names {
-		var p path
-		switch name {
-		case "raw":
-			p = path{mtu: rawMTU, from: end{host: l.Host("f1"), addr: l.Host("f1").Addr}, to: end{host: l.Host("f2"), addr: l.Host("f2").Addr}}
-		case "vxlan":
-			p, err = s.layVXLAN(ctx, l.Host("f1"), l.Host("f2"))
-		case "fastdp":
-			p, err = s.layOurs(ctx, "fastdp", l.Host("f1"), l.Host("f2"), l.Host("f3"))
-		case fullPath:
-			p = s.paths[len(s.paths)-1]
-		case "relay":
-			p, err = s.layRelay(ctx, l.Host("r1"), l.Host("r2"), l.Host("r3"))
-		case "sleeve":
-			p, err = s.layOurs(ctx, "sleeve", l.Host("s1"), l.Host("s2"))
-		}
+	for _, name := range o.only.paths {
+		p, err := s.lay(ctx, name)
 		if err != nil {
 			return nil, fmt.Errorf("path %s: %w", name, err)
 		}
@@ -114,6 +163,25 @@ func buildScene(ctx context.Context, underlay, weave string, names []string) (s 
 		s.paths = append(s.paths, p)
 	}
 	return s, nil
+}
+
+// lay makes a path ready for packets.
+func (s *scene) lay(ctx context.Context, name string) (path, error) {
+	hosts := s.hosts(name)
+	switch name {
+	case "raw":
+		return path{mtu: rawMTU, from: end{host: hosts[0], addr: hosts[0].Addr}, to: end{host: hosts[1], addr: hosts[1].Addr}}, nil
+	case "vxlan":
+		return s.layVXLAN(ctx, hosts[0], hosts[1])
+	case fullPath:
+		return s.paths[len(s.paths)-1], nil // it follows fastdp
+	case "wireguard", "wireguard-relay":
+		return s.layWireGuard(ctx, hosts...)
+	case "relay", "sleeve-relay", "sealed-relay":
+		return s.layRelay(ctx, name, hosts[0], hosts[1], hosts[2])
+	default:
+		return s.layOurs(ctx, name, hosts...)
+	}
 }
 
 // layVXLAN joins a namespace on each of two hosts by the kernel's own means.
@@ -148,13 +216,10 @@ ip -n k link set eth0 up
 
 // layOurs launches a daemon on each host and joins a namespace on each of the
 // first two.
-func (s *scene) layOurs(ctx context.Context, kind string, hosts ...*lab.Host) (path, error) {
+func (s *scene) layOurs(ctx context.Context, name string, hosts ...*lab.Host) (path, error) {
 	start := time.Now()
 	for _, h := range hosts {
-		args := []string{s.weave, "launch", "--no-dns", "--docker-api", ""}
-		if kind == "sleeve" {
-			args = append(args, "--no-fastdp")
-		}
+		args := append([]string{s.weave, "launch"}, launchFlags(name)...)
 		for _, other := range hosts {
 			if other != h {
 				args = append(args, other.Name)
@@ -164,14 +229,14 @@ func (s *scene) layOurs(ctx context.Context, kind string, hosts ...*lab.Host) (p
 		if err := h.Run(ctx, args...).Err(); err != nil {
 			return path{}, err
 		}
-		if kind == "fastdp" {
+		if name == "fastdp" {
 			s.mesh.LaunchSeconds = max(s.mesh.LaunchSeconds, time.Since(launched).Seconds())
 		}
 	}
-	if err := lab.Wait(ctx, meshTimeout, func() error { return s.connected(ctx, kind, hosts) }); err != nil {
+	if err := lab.Wait(ctx, meshTimeout, func() error { return s.connected(ctx, carrier(name), hosts) }); err != nil {
 		return path{}, err
 	}
-	if kind == "fastdp" {
+	if name == "fastdp" {
 		s.mesh.MeshSeconds = time.Since(start).Seconds()
 		if err := s.readMemory(ctx, hosts); err != nil {
 			return path{}, err
@@ -182,9 +247,9 @@ func (s *scene) layOurs(ctx context.Context, kind string, hosts ...*lab.Host) (p
 
 // layRelay joins a namespace on each of two hosts that know only the one between
 // them, which relays.
-func (s *scene) layRelay(ctx context.Context, a, relay, b *lab.Host) (path, error) {
+func (s *scene) layRelay(ctx context.Context, name string, a, relay, b *lab.Host) (path, error) {
 	for _, h := range []*lab.Host{relay, a, b} {
-		args := []string{s.weave, "launch", "--no-dns", "--no-discovery", "--docker-api", ""}
+		args := append([]string{s.weave, "launch", "--no-discovery"}, launchFlags(name)...)
 		if h != relay {
 			args = append(args, relay.Name)
 		}
@@ -192,21 +257,21 @@ func (s *scene) layRelay(ctx context.Context, a, relay, b *lab.Host) (path, erro
 			return path{}, err
 		}
 	}
-	if err := lab.Wait(ctx, meshTimeout, func() error { return s.relayed(ctx, a, relay, b) }); err != nil {
+	if err := lab.Wait(ctx, meshTimeout, func() error { return s.relayed(ctx, carrier(name), a, relay, b) }); err != nil {
 		return path{}, err
 	}
 	return s.join(ctx, a, b)
 }
 
-// relayed says whether two hosts have fastdp to the relay only.
-func (s *scene) relayed(ctx context.Context, a, relay, b *lab.Host) error {
+// relayed says whether two hosts have a path of that kind to the relay only.
+func (s *scene) relayed(ctx context.Context, kind string, a, relay, b *lab.Host) error {
 	for h, want := range map[*lab.Host]int{a: 1, relay: 2, b: 1} {
 		text, err := h.Output(ctx, s.weave, "status", "connections")
 		if err != nil {
 			return err
 		}
-		if n := countEstablished(text, "fastdp"); n != want {
-			return fmt.Errorf("%s has %d established connections by fastdp, want %d:\n%s", h.Name, n, want, text)
+		if n := countEstablished(text, kind); n != want {
+			return fmt.Errorf("%s has %d established connections by %s, want %d:\n%s", h.Name, n, kind, want, text)
 		}
 	}
 	return nil
@@ -229,7 +294,9 @@ func (s *scene) connected(ctx context.Context, kind string, hosts []*lab.Host) e
 func countEstablished(status, kind string) int {
 	n := 0
 	for line := range strings.Lines(status) {
-		if f := strings.Fields(line); len(f) > 3 && f[2] == "established" && f[3] == kind {
+		f := strings.Fields(line)
+		// Links with a password say beforehand whether frames are encrypted.
+		if i := slices.Index(f, kind); (i == 3 || i == 4) && f[2] == "established" {
 			n++
 		}
 	}
@@ -279,7 +346,7 @@ func (s *scene) readMemory(ctx context.Context, hosts []*lab.Host) error {
 		return ctx.Err()
 	}
 	for _, h := range hosts {
-		rss, err := residentMemory(h)
+		rss, err := memory(h, filepath.Base(s.weave), "VmRSS:")
 		if err != nil {
 			return fmt.Errorf("memory of the daemon on %s: %w", h.Name, err)
 		}
@@ -288,22 +355,47 @@ func (s *scene) readMemory(ctx context.Context, hosts []*lab.Host) error {
 	return nil
 }
 
-func residentMemory(h *lab.Host) (int64, error) {
-	files, err := filepath.Glob(h.Path("/proc") + "/[0-9]*/status")
+// memory is a line of the status of a host's daemon (proc_pid_status(5)), in
+// bytes: VmRSS what it has in memory, VmHWM the most that it ever had.
+func memory(h *lab.Host, name, line string) (int64, error) {
+	dir, err := processOf(h, name)
 	if err != nil {
 		return 0, err
 	}
-	for _, file := range files {
-		b, err := os.ReadFile(file)
-		if err != nil || !strings.HasPrefix(string(b), "Name:\tweave") {
-			continue // another, or gone by now
-		}
-		for line := range strings.Lines(string(b)) {
-			if f := strings.Fields(line); len(f) == 3 && f[0] == "VmRSS:" {
-				kib, err := strconv.ParseInt(f[1], 10, 64)
-				return kib << 10, err
-			}
+	b, err := os.ReadFile(filepath.Join(dir, "status"))
+	if err != nil {
+		return 0, err
+	}
+	for l := range strings.Lines(string(b)) {
+		if f := strings.Fields(l); len(f) == 3 && f[0] == line {
+			kib, err := strconv.ParseInt(f[1], 10, 64)
+			return kib << 10, err
 		}
 	}
-	return 0, errors.New("it does not run")
+	return 0, fmt.Errorf("no %s in its status", line)
+}
+
+// forgetPeak makes VmHWM of a daemon count anew: from when it starts it tells of
+// what deriving keys from a password takes.
+func forgetPeak(h *lab.Host, name string) error {
+	dir, err := processOf(h, name)
+	if err != nil {
+		return err
+	}
+	const highWater = "5" // see clear_refs in proc(5)
+	return os.WriteFile(filepath.Join(dir, "clear_refs"), []byte(highWater), 0)
+}
+
+// processOf is the folder in /proc of the process on a host whose name begins so.
+func processOf(h *lab.Host, name string) (string, error) {
+	files, err := filepath.Glob(h.Path("/proc") + "/[0-9]*/comm")
+	if err != nil {
+		return "", err
+	}
+	for _, file := range files {
+		if b, err := os.ReadFile(file); err == nil && strings.HasPrefix(string(b), name) {
+			return filepath.Dir(file), nil
+		}
+	}
+	return "", fmt.Errorf("%s does not run on %s", name, h.Name)
 }

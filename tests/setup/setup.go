@@ -125,3 +125,40 @@ func Build(ctx context.Context, dir string) (string, error) {
 	}
 	return path, nil
 }
+
+// wireguard is the version of wireguard-go that paths are measured against: the
+// newest when the bars were set.
+const wireguard = "golang.zx2c4.com/wireguard@v0.0.0-20260522210424-ecfc5a8d5446"
+
+// WireGuard returns the path of wireguard-go and what it is. It builds it with
+// Go's module proxy, once, into the user's cache; where that fails, it takes the
+// system's.
+func WireGuard(ctx context.Context) (path, version string, err error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", "", fmt.Errorf("cache: %w", err)
+	}
+	_, version, _ = strings.Cut(wireguard, "@")
+	dir := filepath.Join(cache, "weave-tests", "wireguard-"+version)
+	path = filepath.Join(dir, "wireguard")
+	if _, err := os.Stat(path); err == nil {
+		return path, wireguard, nil
+	}
+	cmd := exec.CommandContext(ctx, "go", "install", wireguard)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOBIN="+dir, "GOFLAGS=")
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		return path, wireguard, nil
+	}
+	err = fmt.Errorf("go install %s: %w: %s", wireguard, err, strings.TrimSpace(string(out)))
+	path, errPath := exec.LookPath("wireguard-go")
+	if errPath != nil {
+		return "", "", err
+	}
+	said, errPath := exec.CommandContext(ctx, path, "--version").Output()
+	if errPath != nil {
+		return "", "", errors.Join(err, errPath)
+	}
+	first, _, _ := strings.Cut(string(said), "\n")
+	return path, "the system's: " + first, nil
+}

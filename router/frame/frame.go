@@ -65,6 +65,9 @@ func (p IPv4) SetID(id uint16) { binary.BigEndian.PutUint16(p[4:], id) }
 // IsFragment is true for every piece of a fragmented packet.
 func (p IPv4) IsFragment() bool { return binary.BigEndian.Uint16(p[6:])&0x3fff != 0 }
 
+// DontFragment is the DF flag.
+func (p IPv4) DontFragment() bool { return p[6]&0x40 != 0 }
+
 // Proto is the protocol of the payload.
 func (p IPv4) Proto() uint8 { return p[9] }
 
@@ -128,6 +131,9 @@ func (t TCP) ClearFlags(flags uint8) { t[13] &^= flags }
 
 // UDP is a view of a UDP header (RFC 768) and what follows it.
 type UDP []byte
+
+// Len is the length field: header and payload, in bytes.
+func (u UDP) Len() int { return int(binary.BigEndian.Uint16(u[4:])) }
 
 // SetLen sets the length field: header and payload, in bytes.
 func (u UDP) SetLen(n int) { binary.BigEndian.PutUint16(u[4:], uint16(n)) }

@@ -3,6 +3,7 @@ package sleeve
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -35,7 +36,7 @@ func newWire(mtu int) *wire {
 	at2.Store(t2)
 	w.s = newSender(&at1, new(counters))
 	c := new(counters)
-	w.r = &receiver{table: &at2, count: c, out: w}
+	w.r = &receiver{table: &at2, count: c, out: w, uso: true}
 	w.r.frags.count = c
 	return w
 }
@@ -54,6 +55,14 @@ func (w *wire) writeFrame(parts [][]byte) error {
 func (w *wire) datagrams(p *packet) [][]byte {
 	p.src, p.dst, p.hops = 1, 2, 5
 	if err := w.s.frame(tapFrame(p)); err != nil {
+		panic(err)
+	}
+	return w.sent()
+}
+
+// sent is what went out since it was last called.
+func (w *wire) sent() [][]byte {
+	if err := w.s.endRow(); err != nil {
 		panic(err)
 	}
 	var out [][]byte
@@ -443,7 +452,7 @@ func FuzzSend(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte, mtu uint16) {
 		w := newWire(int(mtu))
 		w.r.out = discard{}
-		if err := w.s.frame(b); err != nil {
+		if err := errors.Join(w.s.frame(b), w.s.endRow()); err != nil {
 			t.Fatal(err)
 		}
 		for _, m := range w.s.msgs {

@@ -27,6 +27,7 @@ type receiver struct {
 	moved   func(*neighbour)
 	from    *sockaddr // of the datagram at hand
 	spare   []byte    // a copy of it
+	uso     bool      // out takes UDP super-frames
 
 	run   run
 	frags reassembly
@@ -35,7 +36,10 @@ type receiver struct {
 }
 
 func (p *Path) newReceiver() *receiver {
-	r := &receiver{table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap, moved: p.moved, from: new(sockaddr)}
+	r := &receiver{
+		table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap, uso: p.tap.uso,
+		moved: p.moved, from: new(sockaddr),
+	}
 	r.frags.count = p.count
 	return r
 }
@@ -88,11 +92,11 @@ func (r *receiver) datagram(d []byte) error {
 		r.probe(t, n, &h, d)
 		return nil
 	}
-	packets := 1
+	packets, bytes := h.packets(d[headerLen:])
 	if h.kind == kindFragment && !h.last {
 		packets = 0
 	}
-	n.traffic.rx.add(packets, len(d)-headerLen, h.flood, h.dst != t.self)
+	n.traffic.rx.add(packets, bytes, h.flood, h.dst != t.self)
 	if h.src == t.self {
 		r.count.drop(own, n.traffic)
 		return nil
@@ -110,14 +114,14 @@ func (r *receiver) datagram(d []byte) error {
 func (r *receiver) piece(n *neighbour, h *header, body []byte) error {
 	if h.kind == kindSegment {
 		if r.run.takes(n, h) {
-			r.run.add(h, body)
+			r.run.add(h, body[h.headLen:])
 		} else {
 			if err := r.flush(); err != nil {
 				return err
 			}
-			r.run.begin(n, h, body)
+			r.run.begin(n, h, body[:h.headLen], body[h.headLen:])
 		}
-		if h.last {
+		if h.last || h.gsoType == gsoUDP && !r.uso {
 			return r.flush()
 		}
 		return nil
@@ -142,9 +146,32 @@ func (r *receiver) whole(n *neighbour, h *header, data []byte) error {
 		r.count.drop(malformed, n.traffic)
 		return nil
 	}
+	if h.gsoType == gsoUDP && !r.uso && h.segmentable() {
+		return r.split(n, h, data)
+	}
 	putTapHeader(r.front[:], h, data, len(data))
 	r.parts[0], r.parts[1] = r.front[:], data[frame.AddrsLen:]
 	return r.write(n, r.parts[:])
+}
+
+// split writes the packets of a whole UDP super-frame one by one.
+func (r *receiver) split(n *neighbour, h *header, data []byte) error {
+	headLen := int(h.csumStart) + frame.UDPLen
+	if headLen > 0xff || headLen >= len(data) {
+		r.count.drop(malformed, n.traffic)
+		return nil
+	}
+	one, payload := *h, data[headLen:]
+	one.headLen = uint8(headLen)
+	for off := 0; off < len(payload); off += int(h.gsoSize) {
+		end := min(off+int(h.gsoSize), len(payload))
+		one.offset, one.last = uint16(off), end == len(payload)
+		r.run.begin(n, &one, data[:headLen], payload[off:end])
+		if err := r.flush(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // flush writes the frame that the open run makes.

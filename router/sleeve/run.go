@@ -21,14 +21,13 @@ func (r *run) takes(n *neighbour, h *header) bool {
 
 // begin opens the run with a segment: its headers are copied, its payload is
 // not.
-func (r *run) begin(n *neighbour, h *header, body []byte) {
+func (r *run) begin(n *neighbour, h *header, head, payload []byte) {
 	r.from, r.header, r.next, r.ended, r.used = n, *h, int(h.offset), false, 1
-	copy(r.head[tapOverhead:], body[:h.headLen])
-	r.add(h, body)
+	copy(r.head[tapOverhead:], head)
+	r.add(h, payload)
 }
 
-func (r *run) add(h *header, body []byte) {
-	payload := body[h.headLen:]
+func (r *run) add(h *header, payload []byte) {
 	r.parts[r.used] = payload
 	r.used++
 	r.next += len(payload)

@@ -15,7 +15,7 @@ const (
 	arenaLen = 256 << 10
 	// drainLen is how many frames at most are read before they are sent, and
 	// drainBytes how many bytes of datagrams.
-	drainLen   = 64
+	drainLen   = 256
 	drainBytes = 64 << 10
 )
 
@@ -37,6 +37,7 @@ type sender struct {
 
 	in    []byte // one frame
 	pkt   packet
+	row   row
 	arena []byte
 	used  int
 	msgs  []message
@@ -75,13 +76,17 @@ func (s *sender) serve() error {
 		if err != nil {
 			return err
 		}
+		if err := s.endRow(); err != nil {
+			return err
+		}
 		if err := s.flush(); err != nil {
 			return err
 		}
 	}
 }
 
-// frame takes one frame as read from the TAP and lays out its datagrams. The
+// frame takes one frame as read from the TAP and lays out its datagrams, or
+// those of the frames before it if it may go together with what follows. The
 // error is the socket's.
 func (s *sender) frame(b []byte) error {
 	s.count.framesOut.Add(1)
@@ -90,6 +95,28 @@ func (s *sender) frame(b []byte) error {
 		s.count.drop(badTags, nil)
 		return nil
 	}
+	if s.row.add(p) {
+		return nil
+	}
+	if err := s.endRow(); err != nil {
+		return err
+	}
+	if n := s.table.Load().hops[p.dst]; n != nil && s.row.begin(p, n.room()) {
+		return nil
+	}
+	return s.route(p)
+}
+
+// endRow lays out the datagrams of the row, if there is one.
+func (s *sender) endRow() error {
+	if s.row.n == 0 {
+		return nil
+	}
+	return s.route(s.row.finish())
+}
+
+// route lays out the datagrams of p for each neighbour that it goes to.
+func (s *sender) route(p *packet) error {
 	t := s.table.Load()
 	if !p.flood {
 		n := t.hops[p.dst]
@@ -97,25 +124,24 @@ func (s *sender) frame(b []byte) error {
 			s.count.drop(noPath, t.traffic[p.dst])
 			return nil
 		}
-		return s.emit(t.self, n)
+		return s.emit(t.self, n, p)
 	}
 	for _, n := range t.trees[p.src].children {
-		if err := s.emit(t.self, n); err != nil {
+		if err := s.emit(t.self, n, p); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// emit lays out s.pkt for the neighbour n: in one datagram if it fits, else
-// in segments, else in fragments.
-func (s *sender) emit(self peer.ShortID, n *neighbour) error {
-	p := &s.pkt
+// emit lays out p for the neighbour n: in one datagram if it fits, else in
+// segments, else in fragments.
+func (s *sender) emit(self peer.ShortID, n *neighbour, p *packet) error {
 	room := n.room()
 	h := header{src: p.src, dst: p.dst, hops: p.hops, flood: p.flood, offload: p.offload}
 	if len(p.data) <= room {
 		h.kind, h.last = kindFrame, true
-		return s.pieces(self, n, h, 0, len(p.data))
+		return s.pieces(self, n, p, h, 0, len(p.data))
 	}
 	if headLen, size := p.cut(room); size > 0 {
 		h.kind, h.headLen, h.gsoSize = kindSegment, uint8(headLen), uint16(size)
@@ -125,7 +151,7 @@ func (s *sender) emit(self peer.ShortID, n *neighbour) error {
 		if s.need(n, &h, len(p.data), size) <= len(s.arena) {
 			n.segmented++
 			h.group = n.segmented
-			return s.pieces(self, n, h, headLen, size)
+			return s.pieces(self, n, p, h, headLen, size)
 		}
 		h = header{src: p.src, dst: p.dst, hops: p.hops, flood: p.flood, offload: p.offload}
 	}
@@ -135,7 +161,7 @@ func (s *sender) emit(self peer.ShortID, n *neighbour) error {
 	}
 	n.fragmented++
 	h.kind, h.group = kindFragment, n.fragmented
-	return s.pieces(self, n, h, 0, room)
+	return s.pieces(self, n, p, h, 0, room)
 }
 
 // need is the room in the arena for total bytes of frame in pieces of size.
@@ -144,21 +170,22 @@ func (s *sender) need(n *neighbour, h *header, total, size int) int {
 	return total + pieces*(headerLen+int(h.headLen)+n.tail())
 }
 
-// pieces writes the datagrams of s.pkt: each has h, the first headLen bytes of
-// the frame and size bytes of what follows them.
-func (s *sender) pieces(self peer.ShortID, n *neighbour, h header, headLen, size int) error {
-	data := s.pkt.data
+// pieces writes the datagrams of p: each has h, the first headLen bytes of the
+// frame and size bytes of what follows them.
+func (s *sender) pieces(self peer.ShortID, n *neighbour, p *packet, h header, headLen, size int) error {
+	data := p.data
 	if s.used+s.need(n, &h, len(data), size) > len(s.arena) {
 		if err := s.flush(); err != nil {
 			return err
 		}
 	}
 	head, body := data[:headLen], data[headLen:]
-	packets := 1
+	packets, bytes := h.packets(data)
 	if h.kind == kindSegment {
 		packets = (len(body) + size - 1) / size
+		bytes = len(body) + packets*headLen
 	}
-	n.traffic.tx.add(packets, len(body)+packets*headLen, h.flood, h.dst != n.id)
+	n.traffic.tx.add(packets, bytes, h.flood, h.dst != n.id)
 	for off := 0; off < len(body); off += size {
 		piece := body[off:min(off+size, len(body))]
 		h.offset, h.last = uint16(off), off+size >= len(body)

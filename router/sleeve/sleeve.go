@@ -90,7 +90,7 @@ type Config struct {
 	Port    int               // UDP port, 1 to 65535; 0 lets the kernel choose
 	Bind    netip.Addr        // local address; the zero value means all, of both families
 	TapName string            // of the TAP device to make, at most 15 bytes
-	Device  *os.File          // taken instead of a TAP when set, and closed: one end of a socket pair that keeps messages whole
+	Device  *Device           // taken instead of a TAP when set, and closed: one end of a socket pair
 	OnProbe overlay.ProbeFunc // told of probes that arrive; nil: nobody
 	Log     *slog.Logger
 }
@@ -121,13 +121,13 @@ func New(cfg Config) (*Path, error) {
 	if err != nil {
 		return nil, errors.Join(err, sock.close())
 	}
-	file := cfg.Device
-	if file == nil {
-		file, err = OpenTAP(cfg.TapName, cfg.Log)
+	from := cfg.Device
+	if from == nil {
+		from, err = OpenTAP(cfg.TapName, cfg.Log)
 	}
 	var dev *tap
 	if err == nil {
-		dev, err = newTap(file)
+		dev, err = newTap(from)
 	}
 	if err != nil {
 		routes.close()

@@ -36,9 +36,16 @@ const (
 	maxParts = 258
 )
 
+// Device is a TAP device, or what behaves like one: it keeps messages whole.
+type Device struct {
+	*os.File
+	USO bool // frames written to it may be UDP super-frames; needs Linux 6.2
+}
+
 // tap is the TAP device. Reads are for one goroutine, writes for another.
 type tap struct {
 	file    *os.File
+	uso     bool
 	conn    syscall.RawConn
 	readFn  func(uintptr) bool
 	readBuf []byte
@@ -54,23 +61,23 @@ type tap struct {
 // OpenTAP makes a TAP device that carries frames with a virtio-net header of 10
 // bytes, super-frames included, and brings it up, in the network namespace of
 // the calling thread. The device vanishes with the file.
-func OpenTAP(name string, log *slog.Logger) (*os.File, error) {
+func OpenTAP(name string, log *slog.Logger) (*Device, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun, which the TAP device %s needs: %w", name, err)
 	}
-	if err := setUpTap(fd, name, log); err != nil {
+	uso, err := setUpTap(fd, name, log)
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("TAP device %s: %w", name, err), unix.Close(fd))
 	}
 	// Only now may the runtime poll the descriptor: before it has a device
 	// it polls as an error.
-	return os.NewFile(uintptr(fd), "/dev/net/tun"), nil
+	return &Device{os.NewFile(uintptr(fd), "/dev/net/tun"), uso}, nil
 }
 
-// newTap serves frames from and to a file that OpenTAP made, or that behaves
-// like one.
-func newTap(file *os.File) (*tap, error) {
-	t := &tap{file: file}
+// newTap serves frames from and to a device.
+func newTap(dev *Device) (*tap, error) {
+	t := &tap{file: dev.File, uso: dev.USO}
 	var err error
 	if t.conn, err = t.file.SyscallConn(); err != nil {
 		return nil, errors.Join(fmt.Errorf("TAP device: %w", err), t.file.Close())
@@ -79,24 +86,26 @@ func newTap(file *os.File) (*tap, error) {
 	return t, nil
 }
 
-func setUpTap(fd int, name string, log *slog.Logger) error {
+// setUpTap says whether frames may be UDP super-frames.
+func setUpTap(fd int, name string, log *slog.Logger) (uso bool, err error) {
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
-		return fmt.Errorf("name: %w", err)
+		return false, fmt.Errorf("name: %w", err)
 	}
 	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
 	switch err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); {
 	case errors.Is(err, unix.EBUSY):
-		return errors.New("another process holds a device of that name; is another weave running here?")
+		return false, errors.New("another process holds a device of that name; is another weave running here?")
 	case err != nil:
-		return fmt.Errorf("creating it: %w", err)
+		return false, fmt.Errorf("creating it: %w", err)
 	}
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, vnetLen); err != nil {
-		return fmt.Errorf("virtio-net header: %w", err)
+		return false, fmt.Errorf("virtio-net header: %w", err)
 	}
-	if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP|tunUDP); err != nil {
+	uso = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP|tunUDP) == nil
+	if !uso {
 		if err := unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP); err != nil {
-			return fmt.Errorf("offloads: %w", err)
+			return false, fmt.Errorf("offloads: %w", err)
 		}
 	}
 	// The device is no host's: no address of its own, and no frames about one.
@@ -104,7 +113,7 @@ func setUpTap(fd int, name string, log *slog.Logger) error {
 	if err := os.WriteFile(path, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.Warn("IPv6 stays on at the TAP device; what the kernel sends through it by itself is dropped", "device", name, "error", err)
 	}
-	return raiseTap(name)
+	return uso, raiseTap(name)
 }
 
 // raiseTap sets MTU and queue of the device and brings it up.

@@ -228,6 +228,26 @@ func (h *header) fits(n int) bool {
 	return false
 }
 
+// packets is how many packets the whole frame data stands for, and how many
+// bytes these have together, headers in each.
+func (h *header) packets(data []byte) (n, bytes int) {
+	if h.kind != kindFrame || h.gsoSize == 0 || !h.partial {
+		return 1, len(data)
+	}
+	headLen := int(h.csumStart)
+	switch {
+	case h.gsoType == gsoUDP:
+		headLen += frame.UDPLen
+	case headLen+frame.TCPLen <= len(data):
+		headLen += frame.TCP(data[headLen:]).HeaderLen()
+	}
+	if headLen >= len(data) {
+		return 1, len(data)
+	}
+	n = (len(data) - headLen + int(h.gsoSize) - 1) / int(h.gsoSize)
+	return n, len(data) + (n-1)*headLen
+}
+
 // coverageWithin says whether an incomplete checksum lies in the first n bytes
 // of the frame, behind the Ethernet header.
 func (o *offload) coverageWithin(n int) bool {

@@ -52,10 +52,10 @@ type Config struct {
 // name of the fast path, which it says to be absent.
 type Switch struct {
 	cfg    Config
-	bridge int      // index of the bridge
-	tap    *os.File // frames from and to the bridge
-	near   *os.File // our end of the socket pair
-	far    *os.File // the sleeve's
+	bridge int            // index of the bridge
+	tap    *sleeve.Device // frames from and to the bridge
+	near   *os.File       // our end of the socket pair
+	far    *os.File       // the sleeve's
 	count  counters
 	table  atomic.Pointer[table]
 	limits limits       // for the goroutine that reads the TAP
@@ -115,7 +115,7 @@ func socketPair() (a, b *os.File, err error) {
 }
 
 // Device is what the sleeve takes for its TAP. It is the sleeve's to close.
-func (s *Switch) Device() *os.File { return s.far }
+func (s *Switch) Device() *sleeve.Device { return &sleeve.Device{File: s.far, USO: s.tap.USO} }
 
 // Name is overlay.FastDP, for which it stands.
 func (s *Switch) Name() string { return overlay.FastDP }

@@ -48,6 +48,28 @@ func TestPassword(t *testing.T) {
 	}
 }
 
+// TestSealedRestart: a stream that sends all that it can outlives the daemon at
+// its end. The other takes the new keys by itself.
+func TestSealedRestart(t *testing.T) {
+	l := build(t, lab.Config{Hosts: []string{"u1", "u2"}})
+	u1, u2 := l.Host("u1"), l.Host("u2")
+	secret := []string{"--docker-api", "", "--no-dns", "--password", "correct horse"}
+	launch(t, u1, secret...)
+	launch(t, u2, append(secret, "u1")...)
+	within(t, patience, "sealed", func() error { return on(t.Context(), u2, 1, "encrypted   sleeve") })
+	s := startStream(t, runBare(t, u1, "c1"), runBare(t, u2, "c2"))
+	begin := time.Now()
+	must(t, u2, "kill", "-9", daemonPID(t, u2))
+	launch(t, u2, append(secret, "u1")...)
+	within(t, patience, "stream", func() error {
+		if err := on(t.Context(), u2, 1, "encrypted   sleeve"); err != nil {
+			return err
+		}
+		return s.movedIn(streamStep * 10)
+	})
+	t.Logf("nothing arrived for %s", s.gap(begin).Round(time.Millisecond))
+}
+
 // host is the host itself in the place of a container.
 func host(h *lab.Host) *container { return &container{Host: h, netns: "/proc/1/ns/net", bare: true} }
 

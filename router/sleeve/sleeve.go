@@ -95,6 +95,11 @@ type Config struct {
 	Log     *slog.Logger
 }
 
+// MaxBuffers is how many bytes a Path holds at most for frames on their way,
+// besides what waits in the kernel: 4 MiB in each direction at its socket, and
+// 512 frames at its TAP. It does not grow with the number of neighbours.
+const MaxBuffers = 5 << 19
+
 // Path is the data path. It implements overlay.Overlay.
 type Path struct {
 	onProbe overlay.ProbeFunc

@@ -223,7 +223,7 @@ func TestMeasures(t *testing.T) {
 	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", bin, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,relay,sealed-relay,wireguard,tcp1,udp,rtt",
+	cmd := exec.CommandContext(t.Context(), bin, "--json", "--runs", "1", "--seconds", "1", "--only", "wire,vxlan,fastdp,relay,sealed,wireguard,tcp1,udp,rtt",
 		"--endpoints", "1000", "--peers", "50")
 	cmd.Stderr = t.Output()
 	out, err := cmd.Output()
@@ -247,7 +247,7 @@ func TestMeasures(t *testing.T) {
 	if m := r.Underlays[0].Mesh; m == nil || m.RSSBytes < 1<<20 || m.LaunchSeconds <= 0 || m.MeshSeconds < m.LaunchSeconds {
 		t.Errorf("daemons: %+v", m)
 	}
-	if len(r.Bars) != 12 {
+	if len(r.Bars) != 16 {
 		t.Errorf("bars: %+v", r.Bars)
 	}
 }

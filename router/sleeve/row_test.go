@@ -131,6 +131,30 @@ func TestNoRow(t *testing.T) {
 	}
 }
 
+// TestRowAllocations holds rows to no allocation.
+func TestRowAllocations(t *testing.T) {
+	w := newWire(1500)
+	w.r.out = discard{}
+	p := numbered(false, 1, 64, 0, true)[0]
+	p.src, p.dst, p.hops = 1, 2, 5
+	f := tapFrame(p)
+	b := make([]byte, len(f))
+	if n := testing.AllocsPerRun(100, func() {
+		for range 30 {
+			copy(b, f)
+			if err := w.s.frame(b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.s.endRow(); err != nil || len(w.s.msgs) == 0 {
+			t.Fatal("nothing to send", err)
+		}
+		w.s.msgs, w.s.used = w.s.msgs[:0], 0
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
 // TestRowKeepsIDs: where identifications count, they come as they were sent.
 func TestRowKeepsIDs(t *testing.T) {
 	w := newWire(1500)

@@ -2,6 +2,7 @@ package tests
 
 import (
 	"bytes"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -59,7 +60,14 @@ func TestSealedRestart(t *testing.T) {
 	within(t, patience, "sealed", func() error { return on(t.Context(), u2, 1, "encrypted   sleeve") })
 	s := startStream(t, runBare(t, u1, "c1"), runBare(t, u2, "c2"))
 	begin := time.Now()
-	must(t, u2, "kill", "-9", daemonPID(t, u2))
+	pid := daemonPID(t, u2)
+	must(t, u2, "kill", "-9", pid)
+	within(t, patience, "end of the daemon", func() error {
+		if u2.Run(t.Context(), "kill", "-0", pid).Err() == nil {
+			return errors.New("it is still there")
+		}
+		return nil
+	})
 	launch(t, u2, append(secret, "u1")...)
 	within(t, patience, "stream", func() error {
 		if err := on(t.Context(), u2, 1, "encrypted   sleeve"); err != nil {

@@ -31,7 +31,7 @@ const (
 func floors() [][]string {
 	return [][]string{
 		{"ipam/uptime"},
-		{"peer", "peer/state", "peer/target", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/memnet", "tests/setup"},
+		{"peer", "peer/state", "peer/target", "ipam/space", "router/frame", "router/seal", "router/netdev", "router/firewall", "router/bpf", "router/tap", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/memnet", "tests/setup"},
 		{"router/netdev/netdevtest", "peer/dialer", "peer/handshake", "peer/linkstate"},
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"router/overlay/overlaytest"},

@@ -41,8 +41,8 @@ func newWire(mtu int) *wire {
 	return w
 }
 
-// writeFrame keeps what would go to the TAP.
-func (w *wire) writeFrame(parts [][]byte) error {
+// WriteFrame keeps what would go to the TAP.
+func (w *wire) WriteFrame(parts [][]byte) error {
 	p := new(packet)
 	if b := bytes.Join(parts, nil); !p.parse(b) {
 		return fmt.Errorf("not tagged well: % x", b[:min(len(b), 40)])
@@ -365,7 +365,7 @@ func TestAllocations(t *testing.T) {
 
 type discard struct{}
 
-func (discard) writeFrame([][]byte) error { return nil }
+func (discard) WriteFrame([][]byte) error { return nil }
 
 func BenchmarkSend(b *testing.B) {
 	w := newWire(1500)

@@ -11,8 +11,8 @@ import (
 
 // frameWriter is where the receiver puts frames: the TAP.
 type frameWriter interface {
-	// writeFrame writes one frame that lies in parts, and keeps none of it.
-	writeFrame(parts [][]byte) error
+	// WriteFrame writes one frame that lies in parts, and keeps none of it.
+	WriteFrame(parts [][]byte) error
 }
 
 // receiver takes datagrams from the socket to the TAP. Pieces of a super-frame
@@ -37,7 +37,7 @@ type receiver struct {
 
 func (p *Path) newReceiver() *receiver {
 	r := &receiver{
-		table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap, uso: p.tap.uso,
+		table: &p.table, count: p.count, onProbe: p.onProbe, sock: p.sock, out: p.tap, uso: p.tap.USO(),
 		moved: p.moved, from: new(sockaddr),
 	}
 	r.frags.count = p.count
@@ -191,7 +191,7 @@ func (r *receiver) flush() error {
 // write hands a frame from n to the TAP. The kernel refuses what makes no sense to it,
 // as when offsets point outside of the headers they should.
 func (r *receiver) write(n *neighbour, parts [][]byte) error {
-	err := r.out.writeFrame(parts)
+	err := r.out.WriteFrame(parts)
 	switch {
 	case err == nil:
 		r.count.framesIn.Add(1)

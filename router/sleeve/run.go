@@ -1,6 +1,9 @@
 package sleeve
 
-import "weave.local/router/frame"
+import (
+	"weave.local/router/frame"
+	"weave.local/router/tap"
+)
 
 // run is a row of segments of one super-frame, in order and without a gap,
 // that is written to the TAP as one frame.
@@ -10,13 +13,13 @@ type run struct {
 	next   int        // payload offset of the segment that would go on
 	ended  bool       // has the last segment
 	head   [tapOverhead + 0xff]byte
-	parts  [maxParts][]byte
+	parts  [tap.MaxParts][]byte
 	used   int
 }
 
 // takes says whether the segment goes on where the run ends.
 func (r *run) takes(n *neighbour, h *header) bool {
-	return r.from == n && r.sameFrame(h) && int(h.offset) == r.next && !r.ended && r.used < maxParts
+	return r.from == n && r.sameFrame(h) && int(h.offset) == r.next && !r.ended && r.used < tap.MaxParts
 }
 
 // begin opens the run with a segment: its headers are copied, its payload is

@@ -8,6 +8,7 @@ import (
 
 	"weave.local/peer"
 	"weave.local/router/frame"
+	"weave.local/router/tap"
 )
 
 const (
@@ -32,7 +33,7 @@ type sender struct {
 	table      *atomic.Pointer[table]
 	count      *counters
 	refreshMTU func(*neighbour)
-	tap        *tap
+	tap        *tap.Conn
 	sock       *socket
 
 	in    []byte // one frame
@@ -63,7 +64,7 @@ func newSender(t *atomic.Pointer[table], c *counters) *sender {
 // serve runs until the TAP is closed.
 func (s *sender) serve() error {
 	for {
-		n, err := s.tap.read(s.in, true)
+		n, err := s.tap.Read(s.in, true)
 		for i := 0; err == nil && n > 0; i++ {
 			if err = s.frame(s.in[:n]); err != nil {
 				return err
@@ -71,7 +72,7 @@ func (s *sender) serve() error {
 			if i == drainLen || s.used >= drainBytes {
 				break
 			}
-			n, err = s.tap.read(s.in, false)
+			n, err = s.tap.Read(s.in, false)
 		}
 		if err != nil {
 			return err

@@ -83,6 +83,7 @@ import (
 
 	"weave.local/peer"
 	"weave.local/router/overlay"
+	"weave.local/router/tap"
 )
 
 // Config says how to build a Path.
@@ -90,7 +91,7 @@ type Config struct {
 	Port    int               // UDP port, 1 to 65535; 0 lets the kernel choose
 	Bind    netip.Addr        // local address; the zero value means all, of both families
 	TapName string            // of the TAP device to make, at most 15 bytes
-	Device  *Device           // taken instead of a TAP when set, and closed: one end of a socket pair
+	Device  *tap.Device       // taken instead of a TAP when set, and closed: one end of a socket pair
 	OnProbe overlay.ProbeFunc // told of probes that arrive; nil: nobody
 	Log     *slog.Logger
 }
@@ -105,7 +106,7 @@ type Path struct {
 	onProbe overlay.ProbeFunc
 	log     *slog.Logger
 	count   *counters
-	tap     *tap
+	tap     *tap.Conn
 	sock    *socket
 	routes  *routes
 	table   atomic.Pointer[table]
@@ -128,11 +129,11 @@ func New(cfg Config) (*Path, error) {
 	}
 	from := cfg.Device
 	if from == nil {
-		from, err = OpenTAP(cfg.TapName, cfg.Log)
+		from, err = tap.Open(cfg.TapName, cfg.Log)
 	}
-	var dev *tap
+	var dev *tap.Conn
 	if err == nil {
-		dev, err = newTap(from)
+		dev, err = tap.NewConn(from)
 	}
 	if err != nil {
 		routes.close()
@@ -200,7 +201,7 @@ func (p *Path) age(ctx context.Context) {
 // nothing.
 func (p *Path) Close() error {
 	p.routes.close()
-	return errors.Join(unlessClosed(p.tap.close()), unlessClosed(p.sock.close()))
+	return errors.Join(unlessClosed(p.tap.Close()), unlessClosed(p.sock.close()))
 }
 
 // MTU is the largest IP packet, in bytes, that fits into one datagram to a

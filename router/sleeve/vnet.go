@@ -5,13 +5,14 @@ import (
 
 	"weave.local/peer"
 	"weave.local/router/frame"
+	"weave.local/router/tap"
 )
 
 // The legacy virtio-net header (struct virtio_net_hdr), in host byte order:
 // flags u8, GSO type u8, header length u16, GSO size u16, checksum start u16,
 // checksum offset u16.
 const (
-	vnetLen      = 10
+	vnetLen      = tap.HeaderLen
 	needsCsum    = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
 	gsoNone      = 0
 	gsoTCP4      = 1

@@ -37,7 +37,7 @@ import (
 	"weave.local/peer"
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
-	"weave.local/router/sleeve"
+	"weave.local/router/tap"
 )
 
 // Config says how to build a Switch.
@@ -52,10 +52,10 @@ type Config struct {
 // name of the fast path, which it says to be absent.
 type Switch struct {
 	cfg    Config
-	bridge int            // index of the bridge
-	tap    *sleeve.Device // frames from and to the bridge
-	near   *os.File       // our end of the socket pair
-	far    *os.File       // the sleeve's
+	bridge int         // index of the bridge
+	tap    *tap.Device // frames from and to the bridge
+	near   *os.File    // our end of the socket pair
+	far    *os.File    // the sleeve's
 	count  counters
 	table  atomic.Pointer[table]
 	limits limits       // for the goroutine that reads the TAP
@@ -80,12 +80,12 @@ func New(cfg Config) (*Switch, error) {
 	if err != nil {
 		return nil, err
 	}
-	tap, err := sleeve.OpenTAP(cfg.TapName, cfg.Log)
+	dev, err := tap.Open(cfg.TapName, cfg.Log)
 	if err != nil {
 		return nil, errors.Join(err, near.Close(), far.Close())
 	}
 	s := &Switch{
-		cfg: cfg, bridge: bridge.Index, tap: tap, near: near, far: far,
+		cfg: cfg, bridge: bridge.Index, tap: dev, near: near, far: far,
 		limits: make(limits), ports: make(map[int]overlay.Port),
 	}
 	s.table.Store(newTable(0, s.bridge, nil, nil))
@@ -115,7 +115,7 @@ func socketPair() (a, b *os.File, err error) {
 }
 
 // Device is what the sleeve takes for its TAP. It is the sleeve's to close.
-func (s *Switch) Device() *sleeve.Device { return &sleeve.Device{File: s.far, USO: s.tap.USO} }
+func (s *Switch) Device() *tap.Device { return &tap.Device{File: s.far, USO: s.tap.USO} }
 
 // Name is overlay.FastDP, for which it stands.
 func (s *Switch) Name() string { return overlay.FastDP }

@@ -1,4 +1,7 @@
-package sleeve
+// Package tap makes TAP devices that carry super-frames, and reads and writes
+// whole frames there without allocating. Each frame has a legacy virtio-net
+// header of HeaderLen bytes before it (struct virtio_net_hdr).
+package tap
 
 import (
 	"errors"
@@ -31,9 +34,11 @@ const (
 	// tapQueue is the number of frames that wait for us in the kernel, each
 	// up to 64 KiB.
 	tapQueue = 512
-	// maxParts bounds the pieces of one frame written to the TAP; the kernel
+	// MaxParts bounds the pieces of one frame that WriteFrame takes; the kernel
 	// takes 1024.
-	maxParts = 258
+	MaxParts = 258
+	// HeaderLen is the length of the virtio-net header, in bytes.
+	HeaderLen = 10
 )
 
 // Device is a TAP device, or what behaves like one: it keeps messages whole.
@@ -42,10 +47,10 @@ type Device struct {
 	USO bool // frames written to it may be UDP super-frames; needs Linux 6.2
 }
 
-// tap is the TAP device. Reads are for one goroutine, writes for another.
-type tap struct {
-	file    *os.File
-	uso     bool
+// Conn is where frames are read and written. Reads are for one goroutine, writes
+// for another.
+type Conn struct {
+	dev     *Device
 	conn    syscall.RawConn
 	readFn  func(uintptr) bool
 	readBuf []byte
@@ -53,15 +58,15 @@ type tap struct {
 	readLen int
 	readErr error
 	writeFn func(uintptr) bool
-	iov     [maxParts]unix.Iovec
+	iov     [MaxParts]unix.Iovec
 	parts   int
 	writErr syscall.Errno
 }
 
-// OpenTAP makes a TAP device that carries frames with a virtio-net header of 10
+// Open makes a TAP device that carries frames with a virtio-net header of 10
 // bytes, super-frames included, and brings it up, in the network namespace of
 // the calling thread. The device vanishes with the file.
-func OpenTAP(name string, log *slog.Logger) (*Device, error) {
+func Open(name string, log *slog.Logger) (*Device, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("opening /dev/net/tun, which the TAP device %s needs: %w", name, err)
@@ -75,12 +80,12 @@ func OpenTAP(name string, log *slog.Logger) (*Device, error) {
 	return &Device{os.NewFile(uintptr(fd), "/dev/net/tun"), uso}, nil
 }
 
-// newTap serves frames from and to a device.
-func newTap(dev *Device) (*tap, error) {
-	t := &tap{file: dev.File, uso: dev.USO}
+// NewConn serves frames from and to a device.
+func NewConn(dev *Device) (*Conn, error) {
+	t := &Conn{dev: dev}
 	var err error
-	if t.conn, err = t.file.SyscallConn(); err != nil {
-		return nil, errors.Join(fmt.Errorf("TAP device: %w", err), t.file.Close())
+	if t.conn, err = dev.SyscallConn(); err != nil {
+		return nil, errors.Join(fmt.Errorf("TAP device: %w", err), dev.Close())
 	}
 	t.readFn, t.writeFn = t.tryRead, t.tryWrite
 	return t, nil
@@ -99,7 +104,7 @@ func setUpTap(fd int, name string, log *slog.Logger) (uso bool, err error) {
 	case err != nil:
 		return false, fmt.Errorf("creating it: %w", err)
 	}
-	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, vnetLen); err != nil {
+	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, HeaderLen); err != nil {
 		return false, fmt.Errorf("virtio-net header: %w", err)
 	}
 	uso = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP|tunUDP) == nil
@@ -143,19 +148,23 @@ func raiseTap(name string) error {
 	)
 }
 
-func (t *tap) close() error { return t.file.Close() }
+// USO says whether frames written may be UDP super-frames.
+func (t *Conn) USO() bool { return t.dev.USO }
 
-// read puts the next frame, behind its virtio-net header, into b. When none is
+// Close gives the device back; reads and writes end with os.ErrClosed.
+func (t *Conn) Close() error { return t.dev.Close() }
+
+// Read puts the next frame, behind its virtio-net header, into b. When none is
 // there it waits or, without wait, returns 0.
-func (t *tap) read(b []byte, wait bool) (int, error) {
+func (t *Conn) Read(b []byte, wait bool) (int, error) {
 	t.readBuf, t.wait = b, wait
 	if err := t.conn.Read(t.readFn); err != nil {
-		return 0, closed(err)
+		return 0, fmt.Errorf("%w: %w", os.ErrClosed, err)
 	}
 	return t.readLen, t.readErr
 }
 
-func (t *tap) tryRead(fd uintptr) bool {
+func (t *Conn) tryRead(fd uintptr) bool {
 	for {
 		n, err := unix.Read(int(fd), t.readBuf)
 		if errors.Is(err, unix.EINTR) {
@@ -170,15 +179,15 @@ func (t *tap) tryRead(fd uintptr) bool {
 	}
 }
 
-// writeFrame writes one frame, its virtio-net header first, that lies in parts.
-func (t *tap) writeFrame(parts [][]byte) error {
+// WriteFrame writes one frame, its virtio-net header first, that lies in parts.
+func (t *Conn) WriteFrame(parts [][]byte) error {
 	t.parts = len(parts)
 	for i, p := range parts {
 		t.iov[i].Base = unsafe.SliceData(p)
 		t.iov[i].SetLen(len(p))
 	}
 	if err := t.conn.Write(t.writeFn); err != nil {
-		return closed(err)
+		return fmt.Errorf("%w: %w", os.ErrClosed, err)
 	}
 	if t.writErr != 0 {
 		return t.writErr
@@ -186,7 +195,7 @@ func (t *tap) writeFrame(parts [][]byte) error {
 	return nil
 }
 
-func (t *tap) tryWrite(fd uintptr) bool {
+func (t *Conn) tryWrite(fd uintptr) bool {
 	for {
 		_, _, t.writErr = unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&t.iov[0])), uintptr(t.parts))
 		if t.writErr != unix.EINTR {

@@ -123,6 +123,11 @@ func TestSilenceOverRestart(t *testing.T) {
 	if n, err = New(cfg, s, n.Acceptor()); err != nil || len(n.frozen()) != 2 {
 		t.Fatalf("frozen after the next restart: %v, %v", n.frozen(), err)
 	}
+	late := Renewal{Nonce: 1, Epoch: s.Members[0].Epoch, Committee: s.Committee}
+	e := n.Receive(at, 1, &Message{Kind: KindRenew, Cluster: s.Cluster, Range: s.Range, Store: 1, Renewal: late})
+	if len(e.Send) != 1 || e.Send[0].Kind != KindFrozen {
+		t.Errorf("a frozen member that renews gets %+v", e.Send)
+	}
 }
 
 // A keeper's silence is longer than a lease by any two clocks of which neither

@@ -62,34 +62,40 @@ func (t *Topology) Merge(r Record) Merged {
 	case old == nil:
 		t.records[r.Name] = &entry{Record: r}
 		t.last = nil
-	case r.Seq == old.Seq && r.UID == old.UID:
-		return Unchanged
-	case r.Seq < old.Seq, r.Seq == old.Seq && r.UID < old.UID:
-		return Older
-	case r.Name == t.self:
-		old.Seq = r.Seq
-		return Overtaken
 	default:
+		if m := t.against(old, r.UID, r.Seq); m != Newer {
+			return m
+		}
 		old.Record = r
 	}
 	t.snap = nil
 	return Newer
 }
 
+// against says what news of a peer are beside what is known of it.
+func (t *Topology) against(old *entry, uid UID, seq uint64) Merged {
+	switch {
+	case seq == old.Seq && uid == old.UID:
+		return Unchanged
+	case seq < old.Seq, seq == old.Seq && uid < old.UID:
+		return Older
+	case old.Name == t.self:
+		old.Seq = seq
+		return Overtaken
+	}
+	return Newer
+}
+
 // MergeDelta takes over what changed in the record of another peer.
 func (t *Topology) MergeDelta(d Delta) Merged {
 	old := t.records[d.Name]
-	switch {
-	case old == nil:
+	if old == nil {
 		return Gap
-	case d.Seq == old.Seq && d.UID == old.UID:
-		return Unchanged
-	case d.Seq < old.Seq, d.Seq == old.Seq && d.UID < old.UID:
-		return Older
-	case d.Name == t.self:
-		old.Seq = d.Seq
-		return Overtaken
-	case d.UID != old.UID || d.Base != old.Seq:
+	}
+	if m := t.against(old, d.UID, d.Seq); m != Newer {
+		return m
+	}
+	if d.UID != old.UID || d.Base != old.Seq {
 		return Gap
 	}
 	next := d.apply(old.Neighbours)

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"weave.local/peer/state"
 	"weave.local/proxy/docker"
@@ -310,4 +311,17 @@ func TestEngineClosesConnections(t *testing.T) {
 	if n := strings.Count(strings.Join(e.calls(), "\n"), "POST /break"); n != 3 {
 		t.Errorf("3 requests were sent %d times", n)
 	}
+}
+
+// dial connects to the proxy for as long as the test lasts; an answer may take
+// 20 s.
+func (p *runningProxy) dial(t *testing.T) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("unix", p.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	return conn
 }

@@ -63,12 +63,7 @@ func TestBothWaysOnOneConnection(t *testing.T) {
 		}
 	})
 	p := startProxy(t, e, func(netip.Prefix) (string, error) { return "n", nil })
-	conn, err := net.Dial("unix", p.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = conn.Close() }()
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn := p.dial(t)
 	in := bufio.NewReader(conn)
 	for i := range 30 {
 		request, want := fmt.Sprintf("GET /%d HTTP/1.1\r\nHost: docker\r\n\r\n", i), strings.Repeat(fmt.Sprintf("/%d", i), 5000)

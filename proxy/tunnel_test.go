@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
-	"time"
 )
 
 // hijack takes the connection over as the engine does and echoes the client's
@@ -52,12 +51,7 @@ func TestStreamsWithHalfClose(t *testing.T) {
 				hijack(t, w, c.head)
 			})
 			p := startProxy(t, e, nil)
-			conn, err := net.Dial("unix", p.socket)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer func() { _ = conn.Close() }()
-			_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+			conn := p.dial(t)
 			if _, err := io.WriteString(conn, c.request+"first "); err != nil {
 				t.Fatal(err)
 			}
@@ -95,12 +89,7 @@ func TestRefusedStreamStaysHTTP(t *testing.T) {
 		}
 	})
 	p := startProxy(t, e, func(netip.Prefix) (string, error) { return "n", nil })
-	conn, err := net.Dial("unix", p.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = conn.Close() }()
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn := p.dial(t)
 	in := bufio.NewReader(conn)
 	for _, c := range []struct {
 		request string
@@ -133,12 +122,7 @@ func TestEndingClosesStreams(t *testing.T) {
 		hijack(t, w, "HTTP/1.1 101 UPGRADED\r\n\r\n")
 	})
 	p := startProxy(t, e, nil)
-	conn, err := net.Dial("unix", p.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = conn.Close() }()
-	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
+	conn := p.dial(t)
 	_, _ = io.WriteString(conn, "POST /containers/x/attach HTTP/1.1\r\nHost: docker\r\n\r\n")
 	in := bufio.NewReader(conn)
 	for {

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"weave.local/router/frame"
 	"weave.local/tests/lab"
 )
 
@@ -216,12 +217,13 @@ func testLoopback(t *testing.T, c *container, bridge netip.Addr) {
 		t.Fatal(err)
 	}
 	syn := func(to netip.Addr, port uint16) func() bool {
-		b := slices.Concat(host, tap.MAC(), []byte{8, 0}, ipHeader(c.addr.Addr(), to, unix.IPPROTO_TCP, 20))
+		ip := ipHeader(c.addr.Addr(), to, unix.IPPROTO_TCP, 20)
+		b := slices.Concat(host, tap.MAC(), []byte{8, 0}, ip)
 		tcp := make([]byte, 20)
 		binary.BigEndian.PutUint16(tcp, 40000+port)
 		binary.BigEndian.PutUint16(tcp[2:], port)
 		tcp[12], tcp[13], tcp[15] = 5<<4, 2, 100
-		binary.BigEndian.PutUint16(tcp[16:], ^sum(c.addr.Addr().AsSlice(), to.AsSlice(), []byte{0, unix.IPPROTO_TCP, 0, 20}, tcp))
+		binary.BigEndian.PutUint16(tcp[16:], ^frame.Fold(frame.Sum(tcp, frame.IPv4(ip).PseudoSum(unix.IPPROTO_TCP, len(tcp)))))
 		return func() bool {
 			if err := tap.Send(append(b, tcp...)); err != nil {
 				t.Fatal(err)
@@ -250,22 +252,8 @@ func ipHeader(from, to netip.Addr, proto byte, n int) []byte {
 	binary.BigEndian.PutUint16(h[2:], uint16(20+n))
 	copy(h[12:], from.AsSlice())
 	copy(h[16:], to.AsSlice())
-	binary.BigEndian.PutUint16(h[10:], ^sum(h))
+	frame.IPv4(h).SetChecksum()
 	return h
-}
-
-// sum is the sum of RFC 1071 over parts of even length.
-func sum(parts ...[]byte) uint16 {
-	var s uint32
-	for _, b := range parts {
-		for i := 0; i+1 < len(b); i += 2 {
-			s += uint32(binary.BigEndian.Uint16(b[i:]))
-		}
-	}
-	for s > 0xffff {
-		s = s&0xffff + s>>16
-	}
-	return uint16(s)
 }
 
 // testForgedFrames: VXLAN datagrams as a member would send them, from who is

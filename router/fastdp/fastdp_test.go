@@ -307,14 +307,8 @@ func testIPv6Underlay(t *testing.T, k kind) {
 // A router or the holder of a virtual address sends from addresses that are
 // not its own, if it may; that outlives the daemon.
 func TestAnySource(t *testing.T) {
-	l := newLine(t, 1500)
-	a, b := l[0], l[1]
-	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	if !a1.reaches(b1.addr(), 100) {
-		t.Fatal("no way between the hosts")
-	}
+	l, a1, b1 := newPair(t)
+	a := l[0]
 	virtual := udp(a1.port.MAC, b1.port.MAC, netip.MustParseAddr("10.32.0.200"), b1.addr())
 	otherMAC := udp(overlay.MAC{2, 9}, b1.port.MAC, a1.addr(), b1.addr())
 	spoofed, got := a.counter("dropped_spoofed"), b1.datagrams()

@@ -311,6 +311,19 @@ func newLineOf(t *testing.T, k kind, mtus ...int) line {
 	return l
 }
 
+// newPair is two hosts with a container each, the second of which answers.
+func newPair(t *testing.T) (l line, near, far *container) {
+	t.Helper()
+	l = newLine(t, 1500)
+	near, far = l[0].container("10.32.0.1/24"), l[1].container("10.32.0.2/24")
+	far.echo()
+	l.apply(nil)
+	if !near.reaches(far.addr(), 100) {
+		t.Fatal("no way between the hosts")
+	}
+	return l, near, far
+}
+
 // forwarding is what the router would want of host i. path names the data
 // path between two neighbours; nil stands for the fast one.
 func (l line) forwarding(i int, path func(a, b int) string) overlay.Forwarding {

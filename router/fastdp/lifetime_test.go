@@ -195,14 +195,8 @@ func (h *host) checkAttachments(port int, noTCX bool) {
 // What the kernel does for a peer that the next daemon has not met stays,
 // until the peer is met or a state no longer leaves it.
 func TestInherited(t *testing.T) {
-	l := newLine(t, 1500)
-	a, b := l[0], l[1]
-	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	if !a1.reaches(b1.addr(), 100) {
-		t.Fatal("no way between the hosts")
-	}
+	l, a1, b1 := newPair(t)
+	a := l[0]
 	heard, shouts := b1.watch(number), uint64(0)
 	restart := func() {
 		t.Helper()
@@ -246,14 +240,8 @@ func TestInherited(t *testing.T) {
 // A daemon with other map layouts takes over: the old programs run on until
 // the new tables are complete.
 func TestOtherLayout(t *testing.T) {
-	l := newLine(t, 1500)
-	a, b := l[0], l[1]
-	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
-	b1.echo()
-	l.apply(nil)
-	if !a1.reaches(b1.addr(), 100) {
-		t.Fatal("no way between the hosts")
-	}
+	l, a1, b1 := newPair(t)
+	a := l[0]
 	maps, err := filepath.Glob(filepath.Join(a.cfg.PinDir, "maps-*"))
 	if err != nil || len(maps) != 1 {
 		t.Fatalf("pinned maps %v, %v", maps, err)

@@ -73,12 +73,13 @@ func (a *Allocator) plan(now time.Time, peers []peer.Name) bool {
 	}
 	for _, key := range needs {
 		op, ok := fromPool(pool, key, uint64(len(peers)+1))
-		switch {
-		case ok:
-			ops = append(ops, op)
-			delete(a.searches, key)
-		case member:
+		if !ok && member {
 			a.pursue(now, key, st, peers)
+			continue
+		}
+		delete(a.searches, key) // there is nobody to ask, or nothing to ask for
+		if ok {
+			ops = append(ops, op)
 		}
 	}
 	a.collect(a.node.Demand(now, !leaving, ops, off))

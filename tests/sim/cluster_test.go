@@ -133,8 +133,9 @@ func (c *cluster) end() {
 	tasks.Wait()
 	if c.t.Failed() {
 		c.watch.mu.Lock()
-		defer c.watch.mu.Unlock()
-		c.t.Log(strings.Join(c.watch.told, "\n"))
+		told := strings.Join(c.watch.told, "\n")
+		c.watch.mu.Unlock()
+		c.t.Log(told)
 	}
 	<-time.After(10 * time.Minute) // timers of memberlist and yamux
 }

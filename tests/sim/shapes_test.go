@@ -114,6 +114,7 @@ func TestPartitionsHeal(t *testing.T) {
 				})
 				t.Logf("apart for %v: one again after %.1f s, all linked after %.1f s", apart, took.Seconds(), (took + linked).Seconds())
 				c.until("agreement", 5*time.Second, c.full)
+				pass(time.Second) // until all know of the last link
 				c.everybodyReached()
 			})
 		})

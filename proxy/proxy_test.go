@@ -315,9 +315,9 @@ func TestEngineClosesConnections(t *testing.T) {
 
 // dial connects to the proxy for as long as the test lasts; an answer may take
 // 20 s.
-func (p *runningProxy) dial(t *testing.T) net.Conn {
+func (r *runningProxy) dial(t *testing.T) net.Conn {
 	t.Helper()
-	conn, err := net.Dial("unix", p.socket)
+	conn, err := net.Dial("unix", r.socket)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -153,6 +153,7 @@ func (s *space) capture(t *testing.T, dev string, inside int) *capture {
 			return err
 		}
 		return errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 20000}),
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20),
 			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index}))
 	})
 	end := make(chan struct{})
@@ -167,6 +168,9 @@ func (s *space) capture(t *testing.T, dev string, inside int) *capture {
 			if err == nil && n >= len(b) && bytes.Equal(b[inside+12:inside+14], []byte{8, 0}) {
 				proto := b[inside+14+9]
 				largest[proto] = max(largest[proto], n)
+			}
+			if err == nil {
+				continue // there may be more, and all of it counts
 			}
 			select {
 			case <-end:

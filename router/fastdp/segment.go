@@ -46,7 +46,7 @@ func (s segments) frame(to peer.ShortID) []byte {
 	be.PutUint16(ip[2:], uint16(len(ip)))
 	be.PutUint16(ip[6:], flagDF)
 	be.PutUint64(ip[12:], s.token) // as both addresses
-	be.PutUint16(ip[10:], ^frame.Fold(frame.Sum(ip[:20], 0)))
+	frame.IPv4(ip).SetChecksum()
 	be.PutUint16(tcp[2:], uint16(to))
 	tcp[12], tcp[13] = dataOffset, flagACK
 	be.PutUint16(tcp[14:], window)
@@ -54,7 +54,7 @@ func (s segments) frame(to peer.ShortID) []byte {
 		f[segmentData+i] = byte(i) // so that no mistake cancels out
 	}
 	// What is left to a device begins with the sum of the pseudo header.
-	sum := frame.Fold(frame.Sum(ip[12:20], frame.ProtoTCP+uint64(len(tcp))))
+	sum := frame.Fold(frame.IPv4(ip).PseudoSum(frame.ProtoTCP, len(tcp)))
 	if !s.left {
 		sum = ^frame.Fold(frame.Sum(tcp, uint64(sum)))
 	}
@@ -62,25 +62,15 @@ func (s segments) frame(to peer.ShortID) []byte {
 	return f
 }
 
-// vnetHeader tells the kernel what it is to leave to devices (struct
-// virtio_net_hdr, in host byte order: flags u8, GSO type u8, header length u16,
-// GSO size u16, checksum start u16, checksum offset u16).
+// vnetHeader tells the kernel what it is to leave to devices.
 func (s segments) vnetHeader() []byte {
-	const (
-		size      = 10
-		needsCsum = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
-		gsoTCPv4  = 1 // VIRTIO_NET_HDR_GSO_TCPV4
-	)
-	h := make([]byte, size)
+	h := make(frame.VirtioNet, frame.VirtioNetLen)
 	if s.left {
-		h[0] = needsCsum
-		binary.NativeEndian.PutUint16(h[6:], segmentTCP)
-		binary.NativeEndian.PutUint16(h[8:], segmentSum-segmentTCP)
+		h.LeaveChecksum(segmentTCP, segmentSum-segmentTCP)
 	}
 	if s.n > 1 {
-		h[1] = gsoTCPv4
-		binary.NativeEndian.PutUint16(h[2:], segmentData)
-		binary.NativeEndian.PutUint16(h[4:], bpf.Segment)
+		h.SetHeaderLen(segmentData)
+		h.SetGSO(frame.GSOTCP4, bpf.Segment)
 	}
 	return h
 }

@@ -56,8 +56,8 @@ func arrival(t *testing.T, fd int) *packet {
 	binary.BigEndian.PutUint16(tag, binary.NativeEndian.Uint16(aux[tpidAt:]))
 	binary.BigEndian.PutUint16(tag[2:], binary.NativeEndian.Uint16(aux[tciAt:]))
 	b = slices.Insert(b[:n], vnetLen+frame.AddrsLen, tag...)
-	if b[0]&needsCsum != 0 {
-		binary.NativeEndian.PutUint16(b[6:], binary.NativeEndian.Uint16(b[6:])+frame.TagLen)
+	if start, at, left := frame.VirtioNet(b).ChecksumLeft(); left {
+		frame.VirtioNet(b).LeaveChecksum(start+frame.TagLen, at)
 	}
 	// Unlike on its way out, a flooded frame has a destination now.
 	inner := b[vnetLen+frame.AddrsLen+frame.TagLen+2:]

@@ -5,20 +5,16 @@ import (
 
 	"weave.local/peer"
 	"weave.local/router/frame"
-	"weave.local/router/tap"
 )
 
-// The legacy virtio-net header (struct virtio_net_hdr), in host byte order:
-// flags u8, GSO type u8, header length u16, GSO size u16, checksum start u16,
-// checksum offset u16.
+// The kinds of super-frames are in datagrams as they are at the TAP.
 const (
-	vnetLen      = tap.HeaderLen
-	needsCsum    = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
-	gsoNone      = 0
-	gsoTCP4      = 1
-	gsoTCP6      = 4
-	gsoUDP       = 5 // VIRTIO_NET_HDR_GSO_UDP_L4
-	gsoECN       = 0x80
+	gsoNone      = frame.GSONone
+	gsoTCP4      = frame.GSOTCP4
+	gsoTCP6      = frame.GSOTCP6
+	gsoUDP       = frame.GSOUDP
+	gsoECN       = frame.GSOECN
+	vnetLen      = frame.VirtioNetLen
 	tagsLen      = 2 * frame.TagLen
 	tapOverhead  = vnetLen + tagsLen
 	minTapFrame  = tapOverhead + frame.EthernetLen
@@ -51,17 +47,19 @@ func (p *packet) parse(b []byte) bool {
 	}
 	copy(e[tagsLen:], e[:frame.AddrsLen])
 	p.data = e[tagsLen:]
-	p.offload = offload{gsoType: b[1], gsoSize: binary.NativeEndian.Uint16(b[4:])}
+	v := frame.VirtioNet(b)
+	p.offload = offload{}
+	p.gsoType, p.gsoSize = v.GSO()
 	if p.gsoType == gsoNone {
 		p.gsoSize = 0
 	} else if p.gsoSize == 0 {
 		return false
 	}
-	if b[0]&needsCsum == 0 {
+	from, field, left := v.ChecksumLeft()
+	if !left {
 		return true
 	}
-	start := int(binary.NativeEndian.Uint16(b[6:])) - tagsLen
-	at := int(binary.NativeEndian.Uint16(b[8:]))
+	start, at := int(from)-tagsLen, int(field)
 	if start < frame.EthernetLen || start+at+2 > len(p.data) {
 		return false
 	}
@@ -94,18 +92,16 @@ func tags(src, dst peer.ShortID, hops uint8, flood bool) (s, c uint16) {
 // virtio-net header, the addresses and both tags. length is that of the frame
 // without the tags.
 func putTapHeader(b []byte, h *header, addrs []byte, length int) {
-	b[0], b[1] = 0, h.gsoType
+	v := frame.VirtioNet(b)
+	clear(v[:vnetLen])
+	v.SetGSO(h.gsoType, h.gsoSize)
 	linear := min(length+tagsLen, linearHeader)
-	var start, at uint16
 	if h.partial {
-		b[0] = needsCsum
-		start, at = h.csumStart+tagsLen, uint16(h.csumAt)
+		start, at := h.csumStart+tagsLen, uint16(h.csumAt)
+		v.LeaveChecksum(start, at)
 		linear = max(linear, int(start+at)+2)
 	}
-	binary.NativeEndian.PutUint16(b[2:], uint16(linear))
-	binary.NativeEndian.PutUint16(b[4:], h.gsoSize)
-	binary.NativeEndian.PutUint16(b[6:], start)
-	binary.NativeEndian.PutUint16(b[8:], at)
+	v.SetHeaderLen(uint16(linear))
 	e := b[vnetLen:]
 	copy(e, addrs[:frame.AddrsLen])
 	s, c := tags(h.src, h.dst, h.hops, h.flood)

@@ -1,6 +1,6 @@
 // Package tap makes TAP devices that carry super-frames, and reads and writes
-// whole frames there without allocating. Each frame has a legacy virtio-net
-// header of HeaderLen bytes before it (struct virtio_net_hdr).
+// whole frames there without allocating. Each frame has a frame.VirtioNet header
+// before it.
 package tap
 
 import (
@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"weave.local/router/frame"
 )
 
 // What the TAP may leave to us (TUN_F_*, linux/if_tun.h).
@@ -37,8 +39,6 @@ const (
 	// MaxParts bounds the pieces of one frame that WriteFrame takes; the kernel
 	// takes 1024.
 	MaxParts = 258
-	// HeaderLen is the length of the virtio-net header, in bytes.
-	HeaderLen = 10
 )
 
 // Device is a TAP device, or what behaves like one: it keeps messages whole.
@@ -104,7 +104,7 @@ func setUpTap(fd int, name string, log *slog.Logger) (uso bool, err error) {
 	case err != nil:
 		return false, fmt.Errorf("creating it: %w", err)
 	}
-	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, HeaderLen); err != nil {
+	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, frame.VirtioNetLen); err != nil {
 		return false, fmt.Errorf("virtio-net header: %w", err)
 	}
 	uso = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tunTCP|tunUDP) == nil

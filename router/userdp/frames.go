@@ -12,15 +12,14 @@ import (
 	"weave.local/router/frame"
 )
 
-// Layout of a message: virtio-net header (struct virtio_net_hdr, in host byte
-// order), Ethernet addresses, and towards the sleeve the two tags.
+// Layout of a message: virtio-net header, Ethernet addresses, and towards the
+// sleeve the two tags.
 const (
-	vnetLen   = 10
-	needsCsum = 1 // VIRTIO_NET_HDR_F_NEEDS_CSUM
-	tagsLen   = 2 * frame.TagLen
-	frontLen  = vnetLen + frame.AddrsLen
-	maxLen    = 1<<16 + frontLen + tagsLen
-	hopLimit  = 63
+	vnetLen  = frame.VirtioNetLen
+	tagsLen  = 2 * frame.TagLen
+	frontLen = vnetLen + frame.AddrsLen
+	maxLen   = 1<<16 + frontLen + tagsLen
+	hopLimit = 63
 )
 
 // serveBridge takes frames from the bridge to the sleeve, until the TAP is
@@ -119,21 +118,22 @@ func (s *Switch) toSleeve(b []byte) error {
 
 // shift moves what the virtio-net header says of places in the frame.
 func shift(b []byte, by int) {
-	if headers := int(binary.NativeEndian.Uint16(b[2:])); headers > 0 {
-		binary.NativeEndian.PutUint16(b[2:], uint16(headers+by))
+	v := frame.VirtioNet(b)
+	if headers := v.HeaderLen(); headers > 0 {
+		v.SetHeaderLen(uint16(int(headers) + by))
 	}
-	if b[0]&needsCsum != 0 {
-		binary.NativeEndian.PutUint16(b[6:], uint16(int(binary.NativeEndian.Uint16(b[6:]))+by))
+	if start, at, left := v.ChecksumLeft(); left {
+		v.LeaveChecksum(uint16(int(start)+by), at)
 	}
 }
 
 // segments is how many packets a message of n bytes stands for.
 func segments(b []byte, n int) int {
-	size := int(binary.NativeEndian.Uint16(b[4:]))
-	if b[1] == 0 || size == 0 {
+	kind, size := frame.VirtioNet(b).GSO()
+	if kind == frame.GSONone || size == 0 {
 		return 1
 	}
-	return n/size + 1
+	return n/int(size) + 1
 }
 
 // way is what the two tags of a frame say.

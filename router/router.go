@@ -223,11 +223,10 @@ func (r *Router) Publish() {
 // knows: all that is inherited goes.
 func (r *Router) Forget(name peer.Name) {
 	r.mu.Lock()
-	r.forgot = true
 	r.plan.forget(name)
 	delete(r.memory, name)
 	r.mu.Unlock()
-	r.nudge()
+	r.DropInherited()
 }
 
 // DropInherited ends what an earlier run left for peers that have not been met

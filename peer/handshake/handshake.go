@@ -9,7 +9,8 @@
 //	1 byte   highest protocol version spoken
 //
 // The highest version both speak is used (there is version 2 only; peers of
-// version 1 told all their links with every change). Then they send frames: 2 bytes length of what follows, 1 byte type, body.
+// version 1 told all their links with every change). Then they send frames: 2
+// bytes length of what follows, 1 byte type, body.
 //
 // With a password, the dialling end sends at once, and the other answers with,
 // a sealed frame (type 4): a message of the handshake of package seal, whose

@@ -50,6 +50,10 @@ func (d *DataPath) inherit() error {
 	return errors.Join(errs[:]...)
 }
 
+func (in *inherited) empty() bool {
+	return len(in.neighbours)+len(in.hops)+len(in.trees)+len(in.endpoints)+len(in.foreign) == 0
+}
+
 // met drops what is about one of the peers that f names.
 func (in *inherited) met(f overlay.Forwarding) {
 	met := map[uint16]bool{uint16(f.Self): true}
@@ -114,6 +118,9 @@ func (d *DataPath) inheritLocked(want *tables, f overlay.Forwarding) {
 	if !f.Inherit {
 		d.inherited = inherited{}
 		return
+	}
+	if d.inherited.empty() {
+		return // as nearly always
 	}
 	d.inherited.met(f)
 	for _, p := range d.ports { // it is here by now

@@ -43,8 +43,9 @@ type Config struct {
 	// send through the host; 0: there is none.
 	VXLAN uint16
 	// Untrusted names devices, such as Docker's bridges, that forward nothing
-	// into the bridge, nor any frames of ours. They need not exist. Nil: docker0 and docker_gwbridge, through which any
-	// container, also one of another subnet, would get in otherwise.
+	// into the bridge, nor any frames of ours. They need not exist. Nil: docker0
+	// and docker_gwbridge, through which any container, also one of another
+	// subnet, would get in otherwise.
 	Untrusted []string
 	Log       *slog.Logger
 }

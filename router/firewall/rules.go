@@ -155,11 +155,11 @@ func change(table string, now tableState, want []chain) string {
 				fmt.Fprintf(&b, "-A %s %s\n", c.name, r)
 			}
 		}
-		// Whoever else puts a rule on top may stay there: moving ours
-		// back each time would be a quarrel without end.
 		if _, docker := now[dockerUser]; c.base == dockerUser && !docker {
 			continue
 		}
+		// Whoever else puts a rule on top may stay there: moving ours
+		// back each time would be a quarrel without end.
 		if c.base != "" && !slices.Contains(now[c.base], jump(c)) {
 			fmt.Fprintf(&b, "-I %s 1 %s\n", c.base, jump(c))
 		}

@@ -7,8 +7,9 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"sync"
 	"time"
+
+	"golang.org/x/net/netutil"
 )
 
 const (
@@ -21,54 +22,10 @@ const (
 	statusTimeout  = 30 * time.Second
 )
 
-// few limits how many connections of a listener are open at a time.
-type few struct {
-	net.Listener
-	slots  chan struct{}
-	closed chan struct{}
-	once   sync.Once
-}
-
-func newFew(l net.Listener, n int) *few {
-	return &few{Listener: l, slots: make(chan struct{}, n), closed: make(chan struct{})}
-}
-
-// Accept waits for a connection, and before that until there is room for one.
-func (f *few) Accept() (net.Conn, error) {
-	select {
-	case f.slots <- struct{}{}:
-	case <-f.closed:
-		return nil, net.ErrClosed
-	}
-	c, err := f.Listener.Accept()
-	if err != nil {
-		<-f.slots
-		return nil, err
-	}
-	return &oneOfFew{Conn: c, free: sync.OnceFunc(func() { <-f.slots })}, nil
-}
-
-// Close ends Accept.
-func (f *few) Close() error {
-	f.once.Do(func() { close(f.closed) })
-	return f.Listener.Close()
-}
-
-type oneOfFew struct {
-	net.Conn
-	free func()
-}
-
-// Close makes room for another connection.
-func (c *oneOfFew) Close() error {
-	defer c.free()
-	return c.Conn.Close()
-}
-
 // serveStatus is serveHTTP for clients who may mean harm: there are few of them
 // at a time, and none stays for long.
 func serveStatus(ctx context.Context, l net.Listener, h http.Handler) error {
-	return serve(ctx, newFew(l, maxStatusConns), &http.Server{
+	return serve(ctx, netutil.LimitListener(l, maxStatusConns), &http.Server{
 		Handler: h, ReadTimeout: headerTimeout, WriteTimeout: statusTimeout, IdleTimeout: headerTimeout,
 	})
 }

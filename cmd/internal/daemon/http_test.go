@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"testing"
 	"time"
+
+	"golang.org/x/net/netutil"
 )
 
 // Whoever holds connections to the status address keeps others from it, but
@@ -29,7 +31,7 @@ func TestStatusConnectionsAreFew(t *testing.T) {
 		}
 		return err
 	}
-	few := newFew(l, 2)
+	few := netutil.LimitListener(l, 2)
 	go func() {
 		ended <- serve(ctx, few, &http.Server{Handler: http.NotFoundHandler(), ReadHeaderTimeout: time.Minute})
 	}()

@@ -43,7 +43,7 @@ type Config struct {
 	Trusted    []netip.Prefix
 	// SetPassword makes a new password good beside the one of now, or, given
 	// none, ends the change; Changing says that there are two.
-	SetPassword func(ctx context.Context, next string) error
+	SetPassword func(next string) error
 	Changing    func() bool
 	// Targets remembers the list of targets after a change.
 	Targets func([]string) error
@@ -273,7 +273,7 @@ func (s *Server) password(_ http.ResponseWriter, r *http.Request) error {
 	if (req.Next == "") != req.Finish {
 		return badRequest(errors.New("want either a new password or the end of a change"))
 	}
-	if err := s.cfg.SetPassword(r.Context(), req.Next); err != nil {
+	if err := s.cfg.SetPassword(req.Next); err != nil {
 		return badRequest(err)
 	}
 	return nil

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"bytes"
-	"context"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -42,7 +41,7 @@ func deriveKeys(passwords ...string) ([]*seal.Key, error) {
 // setPassword changes the password of the running daemon: next becomes good
 // beside the one of now, or, when it is empty, the one that is becomes the only
 // one.
-func (d *daemon) setPassword(_ context.Context, next string) error {
+func (d *daemon) setPassword(next string) error {
 	d.keyMu.Lock()
 	defer d.keyMu.Unlock()
 	switch {

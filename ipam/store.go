@@ -59,7 +59,7 @@ func parseRecord(key string, b []byte) (*record, error) {
 
 func giveKey(r space.Range) string { return keyGive + r.First.String() + "-" + r.Last.String() }
 
-func encodeGive(to peer.Name) []byte { return register.AppendName([]byte{register.Format}, to) }
+func encodeGive(to peer.Name) []byte { return peer.AppendName([]byte{register.Format}, to) }
 
 func parseGive(key string, b []byte) (space.Range, peer.Name, error) {
 	first, last, _ := strings.Cut(strings.TrimPrefix(key, keyGive), "-")

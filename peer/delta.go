@@ -34,7 +34,7 @@ type Delta struct {
 // What follows belongs to later revisions and is ignored.
 const (
 	deltaVersion = 1
-	deltaFixed   = 1 + nameOctets + 8 + 8 + 2 + 1
+	deltaFixed   = 1 + NameSize + 8 + 8 + 2 + 1
 	maxChanges   = 255
 )
 
@@ -95,7 +95,7 @@ func (d Delta) apply(before []Adjacency) []Adjacency {
 func AppendDelta(b []byte, d Delta) []byte {
 	start := len(b)
 	b = append(b, 0, 0, deltaVersion)
-	b = appendName(b, d.Name)
+	b = AppendName(b, d.Name)
 	b = binary.BigEndian.AppendUint64(b, uint64(d.UID))
 	b = binary.BigEndian.AppendUint64(b, d.Seq)
 	b = binary.BigEndian.AppendUint16(b, uint16(d.Seq-d.Base))
@@ -105,7 +105,7 @@ func AppendDelta(b []byte, d Delta) []byte {
 	}
 	b = append(b, byte(len(d.Gone)))
 	for _, n := range d.Gone {
-		b = appendName(b, n)
+		b = AppendName(b, n)
 	}
 	binary.BigEndian.PutUint16(b[start:], uint16(len(b)-start-2))
 	return b
@@ -150,7 +150,7 @@ func parseDelta(b []byte) (d Delta, err error) {
 		}
 		d.Put = append(d.Put, a)
 	}
-	if len(b) < 1 || len(b)-1 < int(b[0])*nameOctets {
+	if len(b) < 1 || len(b)-1 < int(b[0])*NameSize {
 		return d, fmt.Errorf("delta: %w", errShort)
 	}
 	gone := int(b[0])

@@ -13,15 +13,16 @@ import (
 // address. The zero Name names nobody.
 type Name uint64
 
-// nameOctets is the length of a Name in bytes.
-const nameOctets = 6
+// NameSize is the length of a Name in bytes.
+// NameSize is the length of a name on the wire, in bytes.
+const NameSize = 6
 
 // ParseName reads a name in the form 7a:0b:1c:2d:3e:4f. One run of zero
 // octets may be written as "::", as in ::1, 1:: and 1::1.
 func ParseName(s string) (Name, error) {
 	bad := fmt.Errorf("peer name %q: want six hexadecimal octets such as 7a:0b:1c:2d:3e:4f, or ::1", s)
 	head, tail, short := strings.Cut(s, "::")
-	var octets [nameOctets]byte
+	var octets [NameSize]byte
 	front, err := parseOctets(head)
 	if err != nil {
 		return 0, bad
@@ -31,11 +32,11 @@ func ParseName(s string) (Name, error) {
 		return 0, bad
 	}
 	switch n := len(front) + len(back); {
-	case short && n >= nameOctets, !short && n != nameOctets:
+	case short && n >= NameSize, !short && n != NameSize:
 		return 0, bad
 	}
 	copy(octets[:], front)
-	copy(octets[nameOctets-len(back):], back)
+	copy(octets[NameSize-len(back):], back)
 	name := NameFromMAC(octets)
 	if name == 0 {
 		return 0, fmt.Errorf("peer name %q: all zero names nobody", s)
@@ -70,9 +71,9 @@ func NameFromMAC(mac [6]byte) Name {
 // MAC returns the octets of the name, most significant first; the weave
 // bridge of the peer carries them as its address.
 func (n Name) MAC() [6]byte {
-	var mac [nameOctets]byte
+	var mac [NameSize]byte
 	for i := range mac {
-		mac[i] = byte(n >> (8 * (nameOctets - 1 - i)))
+		mac[i] = byte(n >> (8 * (NameSize - 1 - i)))
 	}
 	return mac
 }

@@ -59,8 +59,8 @@ const (
 	recordVersion = 1
 	flagOutbound  = 1
 	flagNoData    = 2
-	infoFixed     = nameOctets + 8 + 2 + 2 + 1
-	adjFixed      = nameOctets + 1 + 1 + 2
+	infoFixed     = NameSize + 8 + 2 + 2 + 1
+	adjFixed      = NameSize + 1 + 1 + 2
 
 	// MaxNickName is the longest nickname in bytes.
 	MaxNickName = 64
@@ -93,7 +93,7 @@ func CleanNickName(s string) string {
 
 // AppendInfo appends the wire form of i, whose nickname must be clean.
 func AppendInfo(b []byte, i Info) []byte {
-	b = appendName(b, i.Name)
+	b = AppendName(b, i.Name)
 	b = binary.BigEndian.AppendUint64(b, uint64(i.UID))
 	b = binary.BigEndian.AppendUint16(b, uint16(i.ShortID))
 	b = binary.BigEndian.AppendUint16(b, i.Port)
@@ -143,7 +143,7 @@ func AppendRecord(b []byte, r Record) []byte {
 }
 
 func appendAdjacency(b []byte, a Adjacency) []byte {
-	b = appendName(b, a.Name)
+	b = AppendName(b, a.Name)
 	flags := a.spare
 	if a.Outbound {
 		flags |= flagOutbound
@@ -235,11 +235,12 @@ func parseAdjacency(b []byte) (a Adjacency, rest []byte, err error) {
 	return a, b[l+2:], nil
 }
 
-func appendName(b []byte, n Name) []byte {
+// AppendName appends the wire form of n: its MAC.
+func AppendName(b []byte, n Name) []byte {
 	mac := n.MAC()
 	return append(b, mac[:]...)
 }
 
 func cutName(b []byte) (Name, []byte) {
-	return NameFromMAC([nameOctets]byte(b)), b[nameOctets:]
+	return NameFromMAC([NameSize]byte(b)), b[NameSize:]
 }

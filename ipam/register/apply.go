@@ -374,7 +374,7 @@ func Computed(id Cluster, rng netip.Prefix, names []peer.Name) *State {
 func SeedCluster(rng netip.Prefix, names []peer.Name) Cluster {
 	b := AppendPrefix(nil, rng)
 	for _, n := range names {
-		b = AppendName(b, n)
+		b = peer.AppendName(b, n)
 	}
 	sum := sha256.Sum256(b)
 	c := Cluster(sum[:16])

@@ -9,12 +9,6 @@ import (
 	"weave.local/peer"
 )
 
-// AppendName writes a peer name: six octets.
-func AppendName(b []byte, n peer.Name) []byte {
-	mac := n.MAC()
-	return append(b, mac[:]...)
-}
-
 // AppendAddr writes an address: its length in octets (4 or 16), then them.
 func AppendAddr(b []byte, a netip.Addr) []byte {
 	s := a.AsSlice()
@@ -27,15 +21,19 @@ func AppendPrefix(b []byte, p netip.Prefix) []byte {
 }
 
 func appendID(b []byte, id ID) []byte {
-	return binary.BigEndian.AppendUint64(AppendName(b, id.Name), id.Store)
+	return binary.BigEndian.AppendUint64(peer.AppendName(b, id.Name), id.Store)
 }
 
 func appendBallot(b []byte, v Ballot) []byte {
-	return AppendName(binary.AppendUvarint(b, v.N), v.Name)
+	return peer.AppendName(binary.AppendUvarint(b, v.N), v.Name)
 }
 
 func appendCommittee(b []byte, c Committee) []byte {
 	return binary.AppendUvarint(binary.AppendUvarint(b, c.Term), c.Version)
+}
+
+func appendTenancy(b []byte, t Tenancy) []byte {
+	return binary.AppendUvarint(peer.AppendName(b, t.Name), t.Epoch)
 }
 
 func appendMillis(b []byte, d time.Duration) []byte {
@@ -141,6 +139,8 @@ func (r *Reader) id() ID { return ID{r.Name(), r.Uint64()} }
 func (r *Reader) ballot() Ballot { return Ballot{r.Uvarint(), r.Name()} }
 
 func (r *Reader) committee() Committee { return Committee{r.Uvarint(), r.Uvarint()} }
+
+func (r *Reader) tenancy() Tenancy { return Tenancy{r.Name(), r.Uvarint()} }
 
 func (r *Reader) millis() time.Duration {
 	v := r.Uvarint()

@@ -1,6 +1,7 @@
 package register
 
 import (
+	"cmp"
 	"encoding/binary"
 	"slices"
 	"time"
@@ -201,13 +202,7 @@ func (n *Node) gone() []Tenancy {
 }
 
 func byName(a, b Tenancy) int {
-	if a.Name != b.Name {
-		if a.Name < b.Name {
-			return -1
-		}
-		return 1
-	}
-	return int(a.Epoch) - int(b.Epoch)
+	return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Epoch, b.Epoch))
 }
 
 // append writes what is to outlive this run behind b.
@@ -223,8 +218,7 @@ func (w *watch) append(b []byte) []byte {
 	b = binary.AppendUvarint(b, uint64(len(all)))
 	for _, t := range all {
 		s := w.silences[t]
-		b = binary.AppendUvarint(AppendName(b, t.Name), t.Epoch)
-		b = append(appendMillis(b, s.kept), byte(bit(s.frozen)))
+		b = append(appendMillis(appendTenancy(b, t), s.kept), byte(bit(s.frozen)))
 	}
 	return b
 }
@@ -232,7 +226,7 @@ func (w *watch) append(b []byte) []byte {
 func (w *watch) parse(r *Reader) {
 	w.committee = r.committee()
 	for range r.Count(9) {
-		s := w.of(Tenancy{r.Name(), r.Uvarint()})
+		s := w.of(r.tenancy())
 		s.kept = r.millis()
 		s.lasts, s.frozen = s.kept, r.Byte() == 1
 	}

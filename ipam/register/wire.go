@@ -40,7 +40,7 @@ func (s *State) Append(b []byte) []byte {
 	b = appendCommittee(b, s.Committee)
 	b = append(b, byte(len(s.Keepers)))
 	for _, k := range s.Keepers {
-		b = AppendName(b, k)
+		b = peer.AppendName(b, k)
 	}
 	b = binary.AppendUvarint(b, uint64(len(s.Members)))
 	for _, m := range s.Members {
@@ -53,7 +53,7 @@ func (s *State) Append(b []byte) []byte {
 	for _, g := range s.Grants {
 		b = append(b, g.First.AsSlice()...)
 		b = append(b, g.Last.AsSlice()...)
-		b = AppendName(b, g.Owner)
+		b = peer.AppendName(b, g.Owner)
 		b = binary.AppendUvarint(b, g.Epoch)
 	}
 	return b
@@ -212,7 +212,7 @@ func (m *Message) Append(b []byte) []byte {
 	if len(m.Frozen) > 0 {
 		b = binary.AppendUvarint(b, uint64(len(m.Frozen)))
 		for _, t := range m.Frozen {
-			b = binary.AppendUvarint(AppendName(b, t.Name), t.Epoch)
+			b = appendTenancy(b, t)
 		}
 	}
 	if m.Renewal != (Renewal{}) {
@@ -249,7 +249,7 @@ func ParseMessage(b []byte) (*Message, error) {
 			r.Fail(fmt.Errorf("%d frozen peers", n))
 		}
 		for range n {
-			m.Frozen = append(m.Frozen, Tenancy{r.Name(), r.Uvarint()})
+			m.Frozen = append(m.Frozen, r.tenancy())
 		}
 	}
 	if flags&flagRenewal != 0 {
@@ -287,7 +287,7 @@ func (q *Request) append(b []byte) []byte {
 	b = binary.AppendUvarint(b, q.Serial)
 	b = binary.AppendUvarint(b, uint64(len(q.Off)))
 	for _, n := range q.Off {
-		b = AppendName(b, n)
+		b = peer.AppendName(b, n)
 	}
 	b = binary.AppendUvarint(b, uint64(len(q.Ops)))
 	for _, op := range q.Ops {
@@ -301,9 +301,9 @@ func (q *Request) append(b []byte) []byte {
 		case OpRelease:
 			b = AppendAddr(b, op.Range.First)
 			b = AppendAddr(b, op.Range.Last)
-			b = AppendName(b, op.To)
+			b = peer.AppendName(b, op.To)
 		case OpRemove:
-			b = AppendName(b, op.To)
+			b = peer.AppendName(b, op.To)
 		case OpRenew:
 			b = appendMillis(b, op.Lease)
 		case OpLeave:

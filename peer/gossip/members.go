@@ -141,7 +141,7 @@ func (d delegate) GetBroadcasts(int, int) [][]byte { return nil }
 
 // LocalState is our name and root.
 func (d delegate) LocalState(bool) []byte {
-	return binary.BigEndian.AppendUint64(appendPeer(nil, d.g.self), d.g.root())
+	return binary.BigEndian.AppendUint64(peer.AppendName(nil, d.g.self), d.g.root())
 }
 
 // MergeRemoteState takes another peer's name and root.

@@ -41,8 +41,7 @@ const (
 	flagDeleted  = 1
 	flagAnswer   = 1
 
-	nameSize   = 6
-	setFixed   = nameSize + 8 + 3*binary.MaxVarintLen64 + 1
+	setFixed   = peer.NameSize + 8 + 3*binary.MaxVarintLen64 + 1
 	itemFixed  = 2*binary.MaxVarintLen64 + 3
 	setLimit   = 60_000   // bytes of one set in a broadcast or frame
 	stateLimit = 200_000  // bytes of a state in a broadcast
@@ -101,7 +100,7 @@ func (s set) parts(limit int) []set {
 }
 
 func appendSet(b []byte, s set) []byte {
-	b = appendPeer(b, s.origin)
+	b = peer.AppendName(b, s.origin)
 	b = binary.BigEndian.AppendUint64(b, s.epoch)
 	b = binary.AppendUvarint(b, s.base)
 	b = binary.AppendUvarint(b, s.seq)
@@ -232,7 +231,7 @@ func encodeRequest(q request) []byte {
 	b = binary.BigEndian.AppendUint64(b, q.root)
 	b = binary.AppendUvarint(b, uint64(len(q.heads)))
 	for name, h := range q.heads {
-		b = appendPeer(b, name)
+		b = peer.AppendName(b, name)
 		b = binary.BigEndian.AppendUint64(b, h.epoch)
 		b = binary.AppendUvarint(b, h.seq)
 	}
@@ -307,11 +306,6 @@ func readFrame(r io.Reader, limit int64) (typ byte, body []byte, err error) {
 	return h[4], body, err
 }
 
-func appendPeer(b []byte, n peer.Name) []byte {
-	mac := n.MAC()
-	return append(b, mac[:]...)
-}
-
 func appendShort(b []byte, s string) []byte {
 	b = append(b, byte(len(s)))
 	return append(b, s...)
@@ -361,8 +355,8 @@ func (r *reader) uvarint() uint64 {
 func (r *reader) short() []byte { return r.take(uint64(r.byte())) }
 
 func (r *reader) peer() peer.Name {
-	if b := r.take(nameSize); b != nil {
-		return peer.NameFromMAC([nameSize]byte(b))
+	if b := r.take(peer.NameSize); b != nil {
+		return peer.NameFromMAC([peer.NameSize]byte(b))
 	}
 	return 0
 }

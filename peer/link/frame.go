@@ -17,8 +17,7 @@ const (
 )
 
 const (
-	headSize = 5 // length and type
-	nameSize = 6
+	headSize = 5  // length and type
 	msgHead  = 64 // room for the header of a message
 	maxBody  = MaxPayload + msgHead
 	maxTTL   = 64
@@ -64,21 +63,21 @@ func (d datagram) frame() []byte {
 	b := make([]byte, headSize, headSize+msgHead+len(d.payload))
 	b[4] = typeDatagram
 	b = append(b, d.ttl)
-	b = appendName(b, d.dst)
-	b = appendName(b, d.src)
+	b = peer.AppendName(b, d.dst)
+	b = peer.AppendName(b, d.src)
 	b = append(b, d.kind)
 	return withLength(append(b, d.payload...))
 }
 
 func parseDatagram(b []byte) (d datagram, err error) {
-	if len(b) < 2+2*nameSize || len(b)-2-2*nameSize > MaxPayload {
+	if len(b) < 2+2*peer.NameSize || len(b)-2-2*peer.NameSize > MaxPayload {
 		return d, errFrame
 	}
 	d.ttl = b[0]
-	d.dst = peer.NameFromMAC([nameSize]byte(b[1:]))
-	d.src = peer.NameFromMAC([nameSize]byte(b[1+nameSize:]))
-	d.kind = b[1+2*nameSize]
-	d.payload = b[2+2*nameSize:]
+	d.dst = peer.NameFromMAC([peer.NameSize]byte(b[1:]))
+	d.src = peer.NameFromMAC([peer.NameSize]byte(b[1+peer.NameSize:]))
+	d.kind = b[1+2*peer.NameSize]
+	d.payload = b[2+2*peer.NameSize:]
 	return d, nil
 }
 
@@ -95,28 +94,23 @@ func (c broadcast) frame() []byte {
 	b := make([]byte, headSize, headSize+msgHead+len(c.payload))
 	b[4] = typeBroadcast
 	b = append(b, c.ttl)
-	b = appendName(b, c.src)
+	b = peer.AppendName(b, c.src)
 	b = binary.BigEndian.AppendUint64(b, c.seq)
 	b = append(b, c.kind)
 	return withLength(append(b, c.payload...))
 }
 
 func parseBroadcast(b []byte) (c broadcast, err error) {
-	const fixed = 1 + nameSize + 8 + 1
+	const fixed = 1 + peer.NameSize + 8 + 1
 	if len(b) < fixed || len(b)-fixed > MaxPayload {
 		return c, errFrame
 	}
 	c.ttl = b[0]
-	c.src = peer.NameFromMAC([nameSize]byte(b[1:]))
-	c.seq = binary.BigEndian.Uint64(b[1+nameSize:])
+	c.src = peer.NameFromMAC([peer.NameSize]byte(b[1:]))
+	c.seq = binary.BigEndian.Uint64(b[1+peer.NameSize:])
 	c.kind = b[fixed-1]
 	c.payload = b[fixed:]
 	return c, nil
-}
-
-func appendName(b []byte, n peer.Name) []byte {
-	mac := n.MAC()
-	return append(b, mac[:]...)
 }
 
 // window remembers which of the last 64 sequence numbers of a source were

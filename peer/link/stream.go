@@ -15,7 +15,7 @@ import (
 
 const (
 	streamVersion = 1
-	streamHead    = 2 + 2*nameSize
+	streamHead    = 2 + 2*peer.NameSize
 
 	ackAccepted = 6
 	ackNoRoute  = 1
@@ -70,7 +70,7 @@ type streamTo struct {
 }
 
 func (s streamTo) head() []byte {
-	return appendName(appendName([]byte{streamVersion, s.ttl}, s.dst), s.src)
+	return peer.AppendName(peer.AppendName([]byte{streamVersion, s.ttl}, s.dst), s.src)
 }
 
 func parseStreamTo(b []byte) (s streamTo, err error) {
@@ -78,8 +78,8 @@ func parseStreamTo(b []byte) (s streamTo, err error) {
 		return s, errFrame
 	}
 	s.ttl = b[1]
-	s.dst = peer.NameFromMAC([nameSize]byte(b[2:]))
-	s.src = peer.NameFromMAC([nameSize]byte(b[2+nameSize:]))
+	s.dst = peer.NameFromMAC([peer.NameSize]byte(b[2:]))
+	s.src = peer.NameFromMAC([peer.NameSize]byte(b[2+peer.NameSize:]))
 	return s, nil
 }
 

@@ -39,8 +39,7 @@ const (
 const (
 	batchSize   = 64 << 10 // of a message of records, more only for a single large one
 	floodLinks  = 4
-	nameSize    = 6
-	summarySize = nameSize + 8 + 8
+	summarySize = peer.NameSize + 8 + 8
 )
 
 var errLength = errors.New("summary or want of odd length")
@@ -164,7 +163,7 @@ func (db *DB) takeDeltas(body []byte) (res Result, first error) {
 		case peer.Newer:
 			news = peer.AppendDelta(news, d)
 		case peer.Gap:
-			want = appendName(want, d.Name)
+			want = peer.AppendName(want, d.Name)
 		case peer.Overtaken:
 			res.Twins = append(res.Twins, peer.Info{Name: d.Name, UID: d.UID})
 		case peer.Unchanged, peer.Older: // an older one is on its way elsewhere, or the digests will tell
@@ -178,7 +177,7 @@ func (db *DB) takeDeltas(body []byte) (res Result, first error) {
 func (db *DB) Summary() []Message {
 	var b []byte
 	for _, r := range db.Snapshot().ReachableRecords() {
-		b = appendName(b, r.Name)
+		b = peer.AppendName(b, r.Name)
 		b = binary.BigEndian.AppendUint64(b, uint64(r.UID))
 		b = binary.BigEndian.AppendUint64(b, r.Seq)
 	}
@@ -193,15 +192,15 @@ func (db *DB) compare(body []byte) (res Result, err error) {
 	var want []byte
 	same := make(map[peer.Name]bool, len(body)/summarySize) // or newer there
 	for ; len(body) > 0; body = body[summarySize:] {
-		name := peer.NameFromMAC([nameSize]byte(body))
-		uid, seq := peer.UID(binary.BigEndian.Uint64(body[nameSize:])), binary.BigEndian.Uint64(body[nameSize+8:])
+		name := peer.NameFromMAC([peer.NameSize]byte(body))
+		uid, seq := peer.UID(binary.BigEndian.Uint64(body[peer.NameSize:])), binary.BigEndian.Uint64(body[peer.NameSize+8:])
 		r, ok := db.Record(name)
 		switch {
 		case ok && r.UID == uid && r.Seq == seq:
 			same[name] = true
 		case !ok || seq > r.Seq || seq == r.Seq && uid > r.UID:
 			same[name] = true
-			want = appendName(want, name)
+			want = peer.AppendName(want, name)
 		}
 	}
 	lacks := db.Snapshot().ReachableRecords()
@@ -212,13 +211,13 @@ func (db *DB) compare(body []byte) (res Result, err error) {
 
 // answer answers a want.
 func (db *DB) answer(body []byte) (res Result, err error) {
-	if len(body)%nameSize != 0 {
+	if len(body)%peer.NameSize != 0 {
 		return res, errLength
 	}
 	var out []peer.Record
 	told := make(map[peer.Name]bool)
-	for ; len(body) > 0; body = body[nameSize:] {
-		name := peer.NameFromMAC([nameSize]byte(body))
+	for ; len(body) > 0; body = body[peer.NameSize:] {
+		name := peer.NameFromMAC([peer.NameSize]byte(body))
 		if r, ok := db.Record(name); ok && !told[name] {
 			told[name] = true
 			out = append(out, r)
@@ -246,11 +245,6 @@ func message(typ byte, body []byte) []Message {
 		return nil
 	}
 	return []Message{{typ, body}}
-}
-
-func appendName(b []byte, n peer.Name) []byte {
-	mac := n.MAC()
-	return append(b, mac[:]...)
 }
 
 func keep(first, err error) error {

@@ -343,7 +343,7 @@ func FuzzReceive(f *testing.F) {
 	f.Add(byte(TypeRecords), peer.AppendRecord(nil, rec))
 	f.Add(byte(TypeDeltas), peer.AppendDelta(nil, peer.Delta{Name: 2, UID: 1, Base: 1, Seq: 2, Gone: []peer.Name{1}}))
 	f.Add(byte(TypeSummary), db.Summary()[0].Body)
-	f.Add(byte(TypeWant), appendName(nil, 1))
+	f.Add(byte(TypeWant), peer.AppendName(nil, 1))
 	f.Fuzz(func(t *testing.T, typ byte, body []byte) {
 		db := New(info(1), 1)
 		db.Announce(info(1), []peer.Adjacency{{Name: 2}})

@@ -8,7 +8,7 @@
 package state
 
 import (
-	"cmp"
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -81,70 +81,47 @@ func damaged(err error) bool {
 		errors.Is(err, berrors.ErrVersionMismatch) || errors.Is(err, berrors.ErrChecksum)
 }
 
-// open opens the file and reads all of it once: a damaged page shows up here
-// and not when the daemon is in the midst of something. The file is mapped:
-// a page past the end of a file cut short is a fault, and bbolt asserts on
-// pages it makes no sense of; both become errDamaged.
-func open(path string) (db *bbolt.DB, err error) {
+// open checks the file and opens it: a damaged page shows up here and not when
+// the daemon is in the midst of something.
+func open(path string) (*bbolt.DB, error) {
+	options := bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType}
+	if info, err := os.Stat(path); err == nil && info.Size() > 0 {
+		if err := checkFile(path, info.Size(), options); err != nil {
+			return nil, err
+		}
+	}
+	return bbolt.Open(path, 0o600, &options)
+}
+
+// checkFile reads the file under its lock. To be opened for reading takes no
+// more of it than its first two pages; bbolt maps them, and one that is not
+// there is a fault.
+func checkFile(path string, size int64, options bbolt.Options) (err error) {
+	if size < 2*int64(os.Getpagesize()) {
+		return errDamaged{fmt.Sprintf("only %d bytes long", size)}
+	}
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
 		if r := recover(); r != nil {
-			db, err = nil, errDamaged{r}
+			err = errDamaged{r}
 		}
 	}()
-	if info, statErr := os.Stat(path); statErr == nil && info.Size() > 0 && info.Size() < 2*int64(os.Getpagesize()) {
-		return nil, errDamaged{fmt.Sprintf("only %d bytes long", info.Size())}
-	}
-	db, err = bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockWait, FreelistType: bbolt.FreelistMapType})
-	if err != nil {
-		return nil, err
-	}
-	opened := db
-	defer func() {
-		if r := recover(); r != nil {
-			closeDamaged(opened)
-			db, err = nil, errDamaged{r}
-		}
-	}()
-	if err = db.View(readAll); err != nil {
-		_ = db.Close()
-		return nil, errDamaged{err}
-	}
-	return db, nil
-}
-
-// closeDamaged gives up the lock on a file whose walk panicked; bbolt's own
-// locks may still be held by the broken walk, so that Close could wait for
-// ever: the walk's transaction was ended by View's own defer, and a failure
-// here changes nothing, the file is moved aside anyway.
-func closeDamaged(db *bbolt.DB) {
-	defer func() { _ = recover() }()
-	_ = db.Close()
-}
-
-// readAll reads every page that is in use, and then has bbolt check that they
-// and those that it would write to are not the same.
-func readAll(tx *bbolt.Tx) error {
-	var sum byte
-	err := tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
-		return b.ForEach(func(k, v []byte) error {
-			for _, c := range k {
-				sum ^= c
-			}
-			for _, c := range v {
-				sum ^= c
-			}
-			return nil
-		})
-	})
-	_ = sum
+	options.ReadOnly = true
+	db, err := bbolt.Open(path, 0o600, &options)
 	if err != nil {
 		return err
 	}
-	for e := range tx.Check() { // to its end: it waits for its reader
-		err = cmp.Or(err, e)
-	}
-	return err
+	defer func() { _ = db.Close() }()
+	return db.View(func(tx *bbolt.Tx) error {
+		var file bytes.Buffer
+		if _, err := tx.WriteTo(&file); err != nil {
+			return errDamaged{err}
+		}
+		if err := check(file.Bytes()); err != nil {
+			return errDamaged{err}
+		}
+		return nil
+	})
 }
 
 // setAside renames the file to the first free path.corrupt-N.

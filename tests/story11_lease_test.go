@@ -25,10 +25,10 @@ func TestLeases(t *testing.T) {
 	names := map[*lab.Host]string{u4: weave(t, u4, "report", "-f", "{{.Router.Name}}"), u5: weave(t, u5, "report", "-f", "{{.Router.Name}}")}
 	within(t, patience, "leases", func() error { return says(t, u4, "Lease: ends in") })
 	must(t, u4, "kill", "-9", daemonPID(t, u4))
-	apart(t, l, u5)
 	if err := cs[0].reaches(t.Context(), cs[3].addr.Addr(), 56); err != nil {
 		t.Errorf("before the lease of a dead daemon is over: %v", err)
 	}
+	apart(t, l, u5)
 	within(t, patience, "taken over", func() error {
 		for h, name := range names {
 			if strings.Contains(weave(t, u1, "status", "ipam"), name) {

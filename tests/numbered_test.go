@@ -23,20 +23,20 @@ type numbered struct {
 	twice   []uint64
 	last    time.Time
 	longest time.Duration // between two since the last mark
+
+	end func() // stops it; may be called again
 }
 
-// startNumbered runs until the test ends, which fails if a datagram came twice.
+// startNumbered runs until its end or that of the test, which fails if a datagram came twice.
 func startNumbered(t *testing.T, a, b *container) *numbered {
 	t.Helper()
 	s := &numbered{name: a.name + " to " + b.name, seen: make(map[uint64]bool), last: time.Now()}
 	near, far := a.listenUDP(t), b.listenUDP(t)
 	var wait sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
+	s.end = func() { cancel(); _ = near.Close(); _ = far.Close(); wait.Wait() }
 	t.Cleanup(func() {
-		cancel()
-		_ = near.Close()
-		_ = far.Close()
-		wait.Wait()
+		s.end()
 		if len(s.twice) > 0 {
 			t.Errorf("stream %s: %d of %d datagrams came twice: %v", s.name, len(s.twice), len(s.seen), s.twice[:min(10, len(s.twice))])
 		}

@@ -24,11 +24,13 @@ const (
 
 // TestUpAndDown blocks and frees the ways between hosts under load. How often
 // the fast path is blocked is set by TEST_CYCLES, 5 without it; 100 take a
-// quarter of an hour.
+// quarter of an hour. TEST_QUIET is how long containers are silent before it is
+// blocked the first time, 1s without it.
 func TestUpAndDown(t *testing.T) {
 	l := hosts(t)
 	launchAll(t, l)
 	cs := threeContainers(t, l)
+	step(t, "after quiet", func(t *testing.T) { testAfterQuiet(t, l, cs) })
 	load := startIperf(t, cs[0], cs[2], 3600, "-b", "50M")
 	step(t, "cycles", func(t *testing.T) { testCycles(t, l, cs, cyclesWanted(t)) })
 	step(t, "cycles with a relay", func(t *testing.T) { testCyclesWithRelay(t, l, cs) })
@@ -189,6 +191,62 @@ func testCycles(t *testing.T, l *lab.Lab, cs []*container, cycles int) {
 	cycle(t, l, streams, []*numbered{untouched}, cycles)
 }
 
+// fallsBack waits until both ends use sleeve.
+func (b block) fallsBack(t *testing.T, u1, u3 *lab.Host) {
+	t.Helper()
+	within(t, fallbackBar, b.name+": u1 on sleeve", func() error { return onPath(t.Context(), u1, u3, "sleeve", b.reason) })
+	within(t, fallbackBar, b.name+": u3 on sleeve", func() error { return onPath(t.Context(), u3, u1, "sleeve", "") })
+}
+
+// returns waits until both ends use the fast path.
+func (b block) returns(t *testing.T, u1, u3 *lab.Host) {
+	t.Helper()
+	within(t, backBar, b.name+": u1 on fastdp", func() error { return onPath(t.Context(), u1, u3, "fastdp", "") })
+	within(t, backBar, b.name+": u3 on fastdp", func() error { return onPath(t.Context(), u3, u1, "fastdp", "") })
+}
+
+// testAfterQuiet blocks the fast path, and frees it, after containers have been
+// silent: what they send then comes as soon as in the middle of a stream.
+func testAfterQuiet(t *testing.T, l *lab.Lab, cs []*container) {
+	u1, u3 := l.Host("u1"), l.Host("u3")
+	b := blocks()[0]
+	quiet := func() {
+		select {
+		case <-time.After(quietWanted(t)):
+		case <-t.Context().Done():
+		}
+	}
+	quiet()
+	begin := time.Now()
+	b.set(t, l, "6784", true)
+	s := startNumbered(t, cs[0], cs[2])
+	first := time.Since(begin)
+	b.fallsBack(t, u1, u3)
+	s.end()
+	t.Logf("after %s of quiet: a first datagram after %s, sleeve after %s", quietWanted(t), first.Round(time.Millisecond), time.Since(begin).Round(time.Millisecond))
+	if first > fallbackBar {
+		t.Errorf("nothing arrives for %s", first)
+	}
+	quiet()
+	begin = time.Now()
+	b.set(t, l, "6784", false)
+	b.returns(t, u1, u3)
+	t.Logf("free again after as long: fastdp after %s", time.Since(begin).Round(time.Millisecond))
+}
+
+func quietWanted(t *testing.T) time.Duration {
+	t.Helper()
+	s := os.Getenv("TEST_QUIET")
+	if s == "" {
+		return time.Second
+	}
+	d, err := time.ParseDuration(s)
+	if err != nil {
+		t.Fatalf("TEST_QUIET=%s: want a time such as 10m", s)
+	}
+	return d
+}
+
 func cycle(t *testing.T, l *lab.Lab, streams, untouched []*numbered, cycles int) {
 	t.Helper()
 	u1, u3 := l.Host("u1"), l.Host("u3")
@@ -197,13 +255,11 @@ func cycle(t *testing.T, l *lab.Lab, streams, untouched []*numbered, cycles int)
 		b := blocks()[i%len(blocks())]
 		begin := time.Now()
 		b.set(t, l, "6784", true)
-		within(t, fallbackBar, b.name+": u1 on sleeve", func() error { return onPath(t.Context(), u1, u3, "sleeve", b.reason) })
-		within(t, fallbackBar, b.name+": u3 on sleeve", func() error { return onPath(t.Context(), u3, u1, "sleeve", "") })
+		b.fallsBack(t, u1, u3)
 		down = append(down, time.Since(begin))
 		begin = time.Now()
 		b.set(t, l, "6784", false)
-		within(t, backBar, b.name+": u1 on fastdp", func() error { return onPath(t.Context(), u1, u3, "fastdp", "") })
-		within(t, backBar, b.name+": u3 on fastdp", func() error { return onPath(t.Context(), u3, u1, "fastdp", "") })
+		b.returns(t, u1, u3)
 		up = append(up, time.Since(begin))
 		for _, s := range streams {
 			gap := s.mark()

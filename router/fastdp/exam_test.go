@@ -1,7 +1,6 @@
 package fastdp
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -10,16 +9,13 @@ import (
 	"net"
 	"net/netip"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"weave.local/peer"
 	"weave.local/router/bpf"
-	"weave.local/router/frame"
 	"weave.local/router/netdev"
+	"weave.local/router/netdev/netdevtest"
 )
 
 // examined is two hosts that examine the devices between them; what they say is
@@ -166,120 +162,24 @@ func TestExamVerdict(t *testing.T) {
 	}
 }
 
-// nic is a cable whose ends are network devices that ought to do what the kernel
-// leaves to them: what comes by it went through this code.
-type nic struct {
-	noSums  atomic.Bool // leaves checksums inside tunnels as they are
-	noSuper atomic.Bool // loses super-frames in tunnels
-}
-
-// join lays the cable.
-func (n *nic) join(a, b *host) {
+// joinBy lays a cable with a NIC in it.
+func joinBy(n *netdevtest.NIC, a, b *host) {
 	a.t.Helper()
 	w := newSpace(a.t)
-	var fds [2]int
 	for i, h := range []*host{a, b} {
 		other := []*host{b, a}[i]
 		h.ip(fmt.Sprintf("link add to%d mtu 1500 type veth peer name end%d netns %s", other.id, i, w.path))
 		h.ip(fmt.Sprintf("link set to%d up", other.id))
 		h.ip(fmt.Sprintf("addr add %s/32 peer %s dev to%d", h.addr(), other.addr(), other.id))
 		w.ip(fmt.Sprintf("link set end%d up", i))
-		w.must(func() (err error) {
-			fds[i], err = socketOn(fmt.Sprintf("end%d", i))
-			return err
-		})
 	}
-	stop := make(chan struct{})
-	var done [2]chan struct{}
-	for i := range fds {
-		done[i] = make(chan struct{})
-		go func() {
-			defer close(done[i])
-			n.carry(fds[i], fds[1-i], stop)
-		}()
-	}
-	a.t.Cleanup(func() {
-		close(stop)
-		for i := range fds {
-			<-done[i]
+	w.must(func() error {
+		stop, err := n.Carry("end0", "end1")
+		if err == nil {
+			a.t.Cleanup(stop)
 		}
-		_, _ = unix.Close(fds[0]), unix.Close(fds[1])
+		return err
 	})
-}
-
-// socketOn is one that sees frames as a device gets them, with what is left to
-// it.
-func socketOn(dev string) (int, error) {
-	const all = unix.ETH_P_ALL>>8 | unix.ETH_P_ALL&0xff<<8 // in network order
-	i, err := net.InterfaceByName(dev)
-	if err != nil {
-		return 0, err
-	}
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
-	if err != nil {
-		return 0, err
-	}
-	return fd, errors.Join(unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_VNET_HDR, 1),
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 20000}),
-		unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index}))
-}
-
-// carry does what a device ought to do, or not, with what it reads, and sends it.
-func (n *nic) carry(from, to int, stop chan struct{}) {
-	const header = 10 // struct virtio_net_hdr
-	b := make([]byte, 1<<17)
-	for {
-		select {
-		case <-stop:
-			return
-		default:
-		}
-		size, at, err := unix.Recvfrom(from, b, 0)
-		if l, ok := at.(*unix.SockaddrLinklayer); err != nil || !ok || l.Pkttype == unix.PACKET_OUTGOING {
-			continue
-		}
-		f := b[header:size]
-		tunnel := len(f) > vxlanInside && f[12] == 8 && f[23] == unix.IPPROTO_UDP && binary.BigEndian.Uint16(f[36:]) == testPort
-		packets := [][]byte{f}
-		start, field := int(binary.NativeEndian.Uint16(b[6:])), int(binary.NativeEndian.Uint16(b[8:]))
-		switch {
-		case b[1] != 0 && tunnel && n.noSuper.Load():
-			continue
-		case b[1] != 0 && tunnel:
-			packets = cut(f, start, int(binary.NativeEndian.Uint16(b[4:])))
-		}
-		for _, p := range packets {
-			if b[0] != 0 && (!tunnel || !n.noSums.Load()) {
-				binary.BigEndian.PutUint16(p[start+field:], ^frame.Fold(frame.Sum(p[start:], 0)))
-			}
-			_, _ = unix.Write(to, append(make([]byte, header), p...))
-		}
-	}
-}
-
-// cut makes packets of a super-frame of TCP over IPv4 in a tunnel. Their checksum
-// is that of the pseudo header.
-func cut(f []byte, tcp, size int) (packets [][]byte) {
-	const outerIP, inner = 14, vxlanInside + 14
-	be := binary.BigEndian
-	data := tcp + int(f[tcp+12]>>4)*4
-	for at := data; at < len(f); at += size {
-		p := append(append([]byte{}, f[:data]...), f[at:min(at+size, len(f))]...)
-		for _, ip := range []int{outerIP, inner} {
-			be.PutUint16(p[ip+2:], uint16(len(p)-ip))
-			be.PutUint16(p[ip+10:], 0)
-			be.PutUint16(p[ip+10:], ^frame.Fold(frame.Sum(p[ip:ip+20], 0)))
-		}
-		be.PutUint16(p[outerIP+24:], uint16(len(p)-outerIP-20))
-		be.PutUint32(p[tcp+4:], be.Uint32(f[tcp+4:])+uint32(at-data))
-		if at+size < len(f) {
-			p[tcp+13] &^= 0x09 // FIN and PSH are the last one's
-		}
-		be.PutUint16(p[tcp+16:], frame.Fold(frame.Sum(p[inner+12:inner+20], unix.IPPROTO_TCP+uint64(len(p)-tcp))))
-		packets = append(packets, p)
-	}
-	return packets
 }
 
 // passes says whether bytes get to another container by TCP in a while.
@@ -318,18 +218,18 @@ func (c *container) passes(to *container, size int, within time.Duration) bool {
 // out; with others all is as before.
 func TestExamOfBadDevices(t *testing.T) {
 	t.Run("checksums", func(t *testing.T) {
-		n := new(nic)
-		testBadDevices(t, kind{}, n, "checksums", func() { n.noSums.Store(true); n.noSuper.Store(true) })
+		n := &netdevtest.NIC{Port: testPort}
+		testBadDevices(t, kind{}, n, "checksums", func() { n.NoSums.Store(true); n.NoSuper.Store(true) })
 	})
 	t.Run("super-frames", func(t *testing.T) {
-		n := new(nic)
-		testBadDevices(t, kind{direct: true}, n, "super-frames", func() { n.noSuper.Store(true) })
+		n := &netdevtest.NIC{Port: testPort}
+		testBadDevices(t, kind{direct: true}, n, "super-frames", func() { n.NoSuper.Store(true) })
 	})
 }
 
-func testBadDevices(t *testing.T, k kind, n *nic, what string, spoil func()) {
+func testBadDevices(t *testing.T, k kind, n *netdevtest.NIC, what string, spoil func()) {
 	const size = 1 << 20
-	x := newExamined(t, k, n.join)
+	x := newExamined(t, k, func(a, b *host) { joinBy(n, a, b) })
 	a, b := x.line[0], x.line[1]
 	a1, b1 := a.container("10.32.0.1/24"), b.container("10.32.0.2/24")
 	b1.echo()
@@ -362,8 +262,8 @@ func testBadDevices(t *testing.T, k kind, n *nic, what string, spoil func()) {
 	if whole := a.txOffload(); whole {
 		t.Error("after another exam devices are trusted again")
 	}
-	n.noSums.Store(false)
-	n.noSuper.Store(false)
+	n.NoSums.Store(false)
+	n.NoSuper.Store(false)
 	x.exam(examAgain)
 	if a.dp.Remark(b.id) != "" || !a.txOffload() || a.grows("direct_tx", func() { a1.reaches(b1.addr(), 100) }) != k.direct {
 		t.Errorf("good devices are not used: %s", x.logs[0])

@@ -172,12 +172,25 @@ func (d *DataPath) concludeLocked(o *offload, now time.Time) (changed bool) {
 	switch {
 	case fault != "" && o.fault != fault:
 		o.fault = fault
-		d.log.Warn("network devices are relieved of what they do wrong", "peer", o.name, "reason", o.remark())
-	case fault == "" && o.fault != "":
-		d.log.Info("network devices do their part again", "peer", o.name)
+		if !d.othersRemarkLocked(o) {
+			d.log.Warn("network devices are relieved of what they do wrong", "peer", o.name, "reason", o.remark())
+		}
+	case fault == "" && o.fault != "" && !d.othersRemarkLocked(o):
+		d.log.Info("network devices do their part again", "device", o.hop.Name, "peer", o.name)
 	}
 	o.known, o.fault = true, fault
 	return changed
+}
+
+// othersRemarkLocked says whether the same is said of the way to another
+// neighbour: one line about a device is enough for a log.
+func (d *DataPath) othersRemarkLocked(o *offload) bool {
+	for _, x := range d.offloads {
+		if x != o && x.fault == o.fault && x.hop.Name == o.hop.Name {
+			return true
+		}
+	}
+	return false
 }
 
 // sendExams sends probes. Where the kernel does by itself what devices do wrong

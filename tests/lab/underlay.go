@@ -78,6 +78,23 @@ func (l *Lab) plug(ctx context.Context, h *Host) error {
 	return nil
 }
 
+// Interpose takes the host's cable apart: what comes by one of two devices of the
+// switch, and is to go on by the other, is the business of carry, which runs once in
+// the network namespace of the switch. Cut and the like do not work on that cable.
+func (h *Host) Interpose(ctx context.Context, carry func(host, network string) error) error {
+	network := h.port() + "n"
+	err := batch(ctx, h.lab.sw.ns("net"),
+		fmt.Sprintf("link set %s nomaster", h.port()),
+		fmt.Sprintf("link add %s mtu %d type veth peer name %sp mtu %d", network, h.lab.cfg.MTU, network, h.lab.cfg.MTU),
+		fmt.Sprintf("link set %s up", network),
+		fmt.Sprintf("link set %sp master br0 up", network),
+	)
+	if err != nil {
+		return err
+	}
+	return enter([]string{h.lab.sw.ns("net")}, func() error { return carry(h.port(), network) })
+}
+
 // port is the name of the host's device on the switch.
 func (h *Host) port() string { return "v" + h.Name }
 

@@ -1,6 +1,7 @@
 package tests
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -75,6 +76,7 @@ func testAnySource(t *testing.T, l *lab.Lab) {
 			}
 		})
 	}
+	t.Run("child device", func(t *testing.T) { testChildDevice(t, allowed["label"].from, plain, to["weave"]) })
 	t.Run("not allowed", func(t *testing.T) {
 		if err := heard(t, sender{plain, to["weave"]}, time.Second); err == nil {
 			t.Error("a container without permission is heard")
@@ -100,6 +102,38 @@ func testAnySource(t *testing.T, l *lab.Lab) {
 	})
 	for _, h := range l.Hosts {
 		must(t, h, "sh", "-c", "docker ps -aq | xargs -r docker rm -f")
+	}
+}
+
+// testChildDevice: a macvlan device on that of a container, with Ethernet and IP
+// addresses that nobody announced, talks both ways where that is allowed.
+func testChildDevice(t *testing.T, allowed, plain, to *container) {
+	addr := lastHost(to.addr)
+	child := func(c *container) func(to netip.Addr) error {
+		must(t, c.Host, "ip", "netns", "add", c.name)
+		t.Cleanup(func() {
+			if err := c.Run(context.WithoutCancel(t.Context()), "ip", "netns", "del", c.name).Err(); err != nil {
+				t.Error(err)
+			}
+		})
+		must(t, c.Host, "nsenter", "--net="+c.netns, "ip", "link", "add", "child", "link", "ethwe0", "netns", c.name, "type", "macvlan", "mode", "bridge")
+		must(t, c.Host, "ip", "-n", c.name, "addr", "add", netip.PrefixFrom(addr, to.addr.Bits()).String(), "dev", "child")
+		must(t, c.Host, "ip", "-n", c.name, "link", "set", "child", "up")
+		return func(to netip.Addr) error {
+			return c.Run(t.Context(), "ip", "netns", "exec", c.name, "ping", "-c", "1", "-W", "1", to.String()).Err()
+		}
+	}
+	ping := child(plain)
+	if lab.Wait(t.Context(), time.Second, func() error { return ping(to.addr.Addr()) }) == nil {
+		t.Error("a child device in a container without permission is heard")
+	}
+	must(t, plain.Host, "ip", "-n", plain.name, "link", "del", "child")
+	ping = child(allowed)
+	for _, c := range []*container{to, plain} { // on another host, and on this one
+		within(t, patience, "child device", func() error { return ping(c.addr.Addr()) })
+		if err := c.reaches(t.Context(), addr, 1400); err != nil {
+			t.Errorf("to the child device: %v", err)
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,35 +24,55 @@ const narrowBar = 5 * time.Second
 // TestMTU is about underlays of all sizes, on which nothing may vanish because
 // it is too large, and nothing but its size may change.
 func TestMTU(t *testing.T) {
-	step(t, "1280", func(t *testing.T) { testSmallUnderlay(t) })
-	step(t, "small device", func(t *testing.T) { testSmallDevice(t) })
-	step(t, "mixed", func(t *testing.T) { testMixedUnderlay(t) })
+	l := build(t, lab.Config{MTU: 9000, Wire: true})
+	for _, mtu := range []int{1280, 1500, 9000} {
+		step(t, fmt.Sprint(mtu), func(t *testing.T) { testUnderlay(t, l, mtu) })
+	}
+	step(t, "small device", func(t *testing.T) { testSmallDevice(t, l) })
+	step(t, "mixed", func(t *testing.T) { testMixedUnderlay(t, l) })
 }
 
-func testSmallUnderlay(t *testing.T) {
-	l := build(t, lab.Config{Hosts: []string{"u1", "u2"}, MTU: 1280, Wire: true})
-	launchAll(t, l)
-	a, b := joined(t, l.Host("u1")), joined(t, l.Host("u2"))
-	wantDeviceMTU(t, a, 1280-vxlanOver4)
-	wantConnection(t, l.Host("u1"), "u2", 1280-vxlanOver4)
-	wantSteps(t, a, b, 1280-vxlanOver4)
+// begin launches two hosts on an underlay of that size, the second with flags. All
+// ends with the test.
+func begin(t *testing.T, l *lab.Lab, mtu int, flags ...string) (a, b *container) {
+	t.Helper()
+	u1, u2 := l.Host("u1"), l.Host("u2")
+	for _, h := range []*lab.Host{u1, u2} {
+		must(t, h, "ip", "link", "set", "eth0", "mtu", fmt.Sprint(mtu))
+		t.Cleanup(func() {
+			r := h.Run(context.WithoutCancel(t.Context()), "sh", "-c", "weave reset; "+removeNamespaces)
+			if err := r.Err(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	launch(t, u1, "--no-dns", "u2")
+	launch(t, u2, slices.Concat([]string{"--no-dns"}, flags, []string{"u1"})...)
+	for _, h := range []*lab.Host{u1, u2} {
+		within(t, patience, "connection", func() error { return on(t.Context(), h, 1, "fastdp") })
+	}
+	return joined(t, u1), joined(t, u2)
+}
+
+func testUnderlay(t *testing.T, l *lab.Lab, mtu int) {
+	a, b := begin(t, l, mtu)
+	wantDeviceMTU(t, a, mtu-vxlanOver4)
+	wantConnection(t, a.Host, "u2", mtu-vxlanOver4)
+	wantSteps(t, a, b, mtu-vxlanOver4)
 }
 
 // A device that takes less than its path is met by the same errors.
-func testSmallDevice(t *testing.T) {
-	l := build(t, lab.Config{Hosts: []string{"u1", "u2"}})
-	launch(t, l.Host("u1"), "--no-dns", "u2")
-	launch(t, l.Host("u2"), "--no-dns", "--mtu", "1300", "u1")
-	established(t, l, patience)
-	a, b := joined(t, l.Host("u1")), joined(t, l.Host("u2"))
+func testSmallDevice(t *testing.T, l *lab.Lab) {
+	a, b := begin(t, l, 1500, "--mtu", "1300")
 	wantDeviceMTU(t, b, 1300)
-	wantConnection(t, l.Host("u1"), "u2", 1300)
+	wantConnection(t, a.Host, "u2", 1300)
 	wantSteps(t, a, b, 1300)
 }
 
-func testMixedUnderlay(t *testing.T) {
-	l := build(t, lab.Config{MTU: 9000, Wire: true})
-	must(t, l.Host("u3"), "ip", "link", "set", "eth0", "mtu", "1500")
+func testMixedUnderlay(t *testing.T, l *lab.Lab) {
+	for name, mtu := range map[string]string{"u1": "9000", "u2": "9000", "u3": "1500"} {
+		must(t, l.Host(name), "ip", "link", "set", "eth0", "mtu", mtu)
+	}
 	launchAll(t, l)
 	var cs []*container
 	for _, h := range l.Hosts {
@@ -128,23 +149,47 @@ func wantConnection(t *testing.T, h *lab.Host, to string, mtu int) {
 	within(t, patience, "MTU", func() error { return hasMTU(t.Context(), h, to, mtu) })
 }
 
-// wantSteps sends IP packets that must not be fragmented, in steps of one byte
-// around mtu: what fits arrives, what does not is answered with the size.
+// wantSteps sends IPv4 packets that must not be fragmented, and IPv6 packets where
+// there may be such, in steps of one byte around mtu: what fits arrives, what does
+// not is answered with the size.
 func wantSteps(t *testing.T, from, to *container, mtu int) {
 	t.Helper()
-	const headers = 28 // of IP and ICMP
+	const headers, headers6, least6 = 28, 48, 1280 // of IP and ICMP
+	wantStepsTo(t, from, to.addr.Addr().String(), headers, mtu)
+	if mtu >= least6 {
+		wantStepsTo(t, from, to.linkLocal(t)+"%ethwe", headers6, mtu)
+	}
+}
+
+// linkLocal is the IPv6 address that the kernel gives a device.
+func (c *container) linkLocal(t *testing.T) string {
+	t.Helper()
+	fields := strings.Fields(must(t, c.Host, "ip", "-n", "plain", "-6", "-o", "addr", "show", "dev", "ethwe", "scope", "link"))
+	i := slices.Index(fields, "inet6")
+	if i < 0 || i+1 == len(fields) {
+		t.Fatalf("%s: no link-local address: %q", c.name, fields)
+	}
+	addr, _, _ := strings.Cut(fields[i+1], "/")
+	return addr
+}
+
+func wantStepsTo(t *testing.T, from *container, to string, headers, mtu int) {
+	t.Helper()
 	ping := func(size int) lab.Result {
-		must(t, from.Host, "ip", "-n", "plain", "route", "flush", "cache") // forgets what was learnt
-		return from.Run(t.Context(), "nsenter", "--net="+from.netns, "ping", "-M", "do", "-c", "1", "-W", "2",
-			"-s", fmt.Sprint(size-headers), to.addr.Addr().String())
+		for _, family := range []string{"-4", "-6"} { // forgets what was learnt
+			must(t, from.Host, "ip", "-n", "plain", family, "route", "flush", "cache")
+		}
+		return from.Run(t.Context(), "nsenter", "--net="+from.netns, "ping", "-M", "do", "-c", "1", "-W", "2", "-s", fmt.Sprint(size-headers), to)
 	}
 	within(t, patience, "ping", func() error { return ping(mtu - 3).Err() })
 	for size := mtu - 3; size <= mtu+3; size++ {
 		r := ping(size)
-		told := strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf("mtu = %d", mtu)) || strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf("mtu=%d", mtu)) ||
-			strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf("mtu: %d", mtu))
+		told := false
+		for _, words := range []string{"mtu = %d", "mtu=%d", "mtu: %d"} {
+			told = told || strings.Contains(r.Stdout+r.Stderr, fmt.Sprintf(words, mtu))
+		}
 		if (r.Code == 0) != (size <= mtu) || told != (size > mtu) {
-			t.Errorf("%s to %s, %d bytes where %d fit: exit %d, %s%s", from.name, to.name, size, mtu, r.Code, r.Stdout, r.Stderr)
+			t.Errorf("%s to %s, %d bytes where %d fit: exit %d, %s%s", from.name, to, size, mtu, r.Code, r.Stdout, r.Stderr)
 		}
 	}
 }

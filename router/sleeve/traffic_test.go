@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -57,18 +58,19 @@ func attachTags(t *testing.T, port, tap string, src, dst peer.ShortID) error {
 	if err != nil {
 		return err
 	}
-	s, c := tags(src, dst, maxHops, false)
-	push := func(typ, tci uint16) asm.Instructions {
+	var tags [frame.TagsLen]byte
+	frame.Tags{Src: uint16(src), Dst: uint16(dst), Hops: maxHops}.Put(tags[:])
+	push := func(tag []byte) asm.Instructions {
 		return asm.Instructions{
 			asm.Mov.Reg(asm.R1, asm.R6),
-			asm.Mov.Imm(asm.R2, int32(htons(typ))),
-			asm.Mov.Imm(asm.R3, int32(tci)),
+			asm.Mov.Imm(asm.R2, int32(binary.NativeEndian.Uint16(tag))),
+			asm.Mov.Imm(asm.R3, int32(binary.BigEndian.Uint16(tag[2:]))),
 			asm.FnSkbVlanPush.Call(),
 		}
 	}
 	pop := asm.Instructions{asm.Mov.Reg(asm.R1, asm.R6), asm.FnSkbVlanPop.Call()}
 	return errors.Join(
-		attachTCX(t, from.Index, to.Index, append(push(frame.TypeVLAN, c), push(frame.TypeSVLAN, s)...)),
+		attachTCX(t, from.Index, to.Index, append(push(tags[frame.TagLen:]), push(tags[:])...)),
 		attachTCX(t, to.Index, from.Index, append(pop, pop...)))
 }
 

@@ -15,7 +15,7 @@ const (
 	gsoUDP       = frame.GSOUDP
 	gsoECN       = frame.GSOECN
 	vnetLen      = frame.VirtioNetLen
-	tagsLen      = 2 * frame.TagLen
+	tagsLen      = frame.TagsLen
 	tapOverhead  = vnetLen + tagsLen
 	minTapFrame  = tapOverhead + frame.EthernetLen
 	linearHeader = 128 // bytes of a frame that the kernel shall hold in one piece
@@ -38,11 +38,9 @@ func (p *packet) parse(b []byte) bool {
 		return false
 	}
 	e := b[vnetLen:]
-	if binary.BigEndian.Uint16(e[12:]) != frame.TypeSVLAN || binary.BigEndian.Uint16(e[16:]) != frame.TypeVLAN {
-		return false
-	}
-	p.setTags(binary.BigEndian.Uint16(e[14:]), binary.BigEndian.Uint16(e[18:]))
-	if p.src == 0 || p.src > peer.MaxShortID || p.dst > peer.MaxShortID || p.hops == 0 || p.flood != (p.dst == 0) {
+	t, ok := frame.ParseTags(e[frame.AddrsLen:])
+	p.src, p.dst, p.hops, p.flood = peer.ShortID(t.Src), peer.ShortID(t.Dst), t.Hops, t.Flood
+	if !ok || p.src == 0 || p.src > peer.MaxShortID || p.dst > peer.MaxShortID || p.hops == 0 || p.flood != (p.dst == 0) {
 		return false
 	}
 	copy(e[tagsLen:], e[:frame.AddrsLen])
@@ -72,22 +70,6 @@ func (p *packet) parse(b []byte) bool {
 	return true
 }
 
-func (p *packet) setTags(s, c uint16) {
-	p.src, p.dst = peer.ShortID(s&0xfff), peer.ShortID(c&0xfff)
-	p.hops = uint8(s>>12<<2 | c>>12&3)
-	p.flood = c>>15 == 1
-}
-
-// tags are the control information of the service and the customer tag.
-func tags(src, dst peer.ShortID, hops uint8, flood bool) (s, c uint16) {
-	s = uint16(src) | uint16(hops)>>2<<12
-	c = uint16(dst) | uint16(hops)&3<<12
-	if flood {
-		c |= 1 << 15
-	}
-	return s, c
-}
-
 // putTapHeader writes what goes before the type of a frame into the TAP to b:
 // virtio-net header, the addresses and both tags. length is that of the frame
 // without the tags.
@@ -104,9 +86,5 @@ func putTapHeader(b []byte, h *header, addrs []byte, length int) {
 	v.SetHeaderLen(uint16(linear))
 	e := b[vnetLen:]
 	copy(e, addrs[:frame.AddrsLen])
-	s, c := tags(h.src, h.dst, h.hops, h.flood)
-	binary.BigEndian.PutUint16(e[12:], frame.TypeSVLAN)
-	binary.BigEndian.PutUint16(e[14:], s)
-	binary.BigEndian.PutUint16(e[16:], frame.TypeVLAN)
-	binary.BigEndian.PutUint16(e[18:], c)
+	frame.Tags{Src: uint16(h.src), Dst: uint16(h.dst), Hops: h.hops, Flood: h.flood}.Put(e[frame.AddrsLen:])
 }

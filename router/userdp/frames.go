@@ -1,7 +1,6 @@
 package userdp
 
 import (
-	"encoding/binary"
 	"errors"
 	"io"
 	"os"
@@ -16,7 +15,7 @@ import (
 // sleeve the two tags.
 const (
 	vnetLen  = frame.VirtioNetLen
-	tagsLen  = 2 * frame.TagLen
+	tagsLen  = frame.TagsLen
 	frontLen = vnetLen + frame.AddrsLen
 	maxLen   = 1<<16 + frontLen + tagsLen
 	hopLimit = 63
@@ -139,27 +138,15 @@ func segments(b []byte, n int) int {
 // way is what the two tags of a frame say.
 type way struct {
 	src, dst peer.ShortID // dst is 0 when a flooded frame is on its way to the sleeve
-	hops     uint16
+	hops     uint8
 	flood    bool
 }
 
-const flooded = 1 << 15
-
 func (w way) put(b []byte) {
-	c := uint16(w.dst) | w.hops&3<<12
-	if w.flood {
-		c |= flooded
-	}
-	binary.BigEndian.PutUint16(b, frame.TypeSVLAN)
-	binary.BigEndian.PutUint16(b[2:], uint16(w.src)|w.hops>>2<<12)
-	binary.BigEndian.PutUint16(b[4:], frame.TypeVLAN)
-	binary.BigEndian.PutUint16(b[6:], c)
+	frame.Tags{Src: uint16(w.src), Dst: uint16(w.dst), Hops: w.hops, Flood: w.flood}.Put(b)
 }
 
 func (w *way) get(b []byte) {
-	s, c := binary.BigEndian.Uint16(b[2:]), binary.BigEndian.Uint16(b[6:])
-	*w = way{
-		src: peer.ShortID(s & 0xfff), dst: peer.ShortID(c & 0xfff),
-		hops: s>>12<<2 | c>>12&3, flood: c&flooded != 0,
-	}
+	t, _ := frame.ParseTags(b) // sleeve writes no others
+	*w = way{src: peer.ShortID(t.Src), dst: peer.ShortID(t.Dst), hops: t.Hops, flood: t.Flood}
 }

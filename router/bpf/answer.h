@@ -9,19 +9,11 @@ struct arp_frame {
 	struct ethhdr eth;
 	__u8 form[6]; /* kinds and lengths of addresses */
 	__be16 op;
-	__u8 sender_mac[ETH_ALEN], sender[4];
-	__u8 target_mac[ETH_ALEN], target[4];
+	__u8 sender_mac[ETH_ALEN];
+	__be32 sender;
+	__u8 target_mac[ETH_ALEN];
+	__be32 target;
 } __attribute__((packed));
-
-static __always_inline int is_zero_addr(const __u8 *a)
-{
-	return !(a[0] | a[1] | a[2] | a[3]);
-}
-
-static __always_inline int is_same4(const __u8 *a, const __u8 *b)
-{
-	return a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3];
-}
 
 /* Who has the address that a container asks for: null when it is not known,
  * cannot be reached, or is none of the asker's business. */
@@ -43,12 +35,12 @@ static __always_inline struct mac *find_holder(struct port *p, struct addr *targ
  * to announcements: these are for all. */
 static __always_inline struct mac *find_target(struct port *p, struct arp_frame *f)
 {
-	struct addr target __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+	struct addr target __attribute__((aligned(8))) = MAPPED;
 
 	if (f->op != bpf_htons(1) || f->form[0] || f->form[1] != 1 || f->form[2] != 8 || f->form[3] || f->form[4] != ETH_ALEN ||
-	    f->form[5] != 4 || is_zero_addr(f->sender) || is_same4(f->sender, f->target))
+	    f->form[5] != 4 || !f->sender || f->sender == f->target)
 		return 0;
-	__builtin_memcpy(&target.b[12], f->target, sizeof(f->target));
+	__builtin_memcpy(&target.b[12], &f->target, sizeof(f->target));
 	return find_holder(p, &target);
 }
 
@@ -67,11 +59,9 @@ static __always_inline int answer_arp(struct __sk_buff *skb, struct port *p)
 	f.op = bpf_htons(2);
 	__builtin_memcpy(f.target_mac, f.sender_mac, ETH_ALEN);
 	__builtin_memcpy(f.sender_mac, m->b, ETH_ALEN);
-	for (int i = 0; i < 4; i++) {
-		__u8 asker = f.sender[i];
-		f.sender[i] = f.target[i];
-		f.target[i] = asker;
-	}
+	__be32 asker = f.sender;
+	f.sender = f.target;
+	f.target = asker;
 	if (bpf_skb_store_bytes(skb, 0, &f, sizeof(f), 0))
 		return drop(COUNT_DROPPED_SEND);
 	count(COUNT_ARP_ANSWERED);

@@ -87,8 +87,8 @@ func (o *Objects) Traffic(neighbour uint16) (t Traffic, err error) {
 		return t, fmt.Errorf("traffic of neighbour %d: %w", neighbour, err)
 	}
 	for _, c := range perCPU {
-		t.Tx.add(Flow{Packets: c.TxPackets, Bytes: c.TxBytes, Flooded: c.TxFlooded, Relayed: c.TxRelayed})
-		t.Rx.add(Flow{Packets: c.RxPackets, Bytes: c.RxBytes, Flooded: c.RxFlooded, Relayed: c.RxRelayed})
+		t.Tx.add(Flow{Packets: c.Tx.Packets, Bytes: c.Tx.Bytes, Flooded: c.Tx.Flooded, Relayed: c.Tx.Relayed})
+		t.Rx.add(Flow{Packets: c.Rx.Packets, Bytes: c.Rx.Bytes, Flooded: c.Rx.Flooded, Relayed: c.Rx.Relayed})
 	}
 	return t, nil
 }

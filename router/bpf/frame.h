@@ -11,36 +11,32 @@ static __always_inline void count(__u32 which)
 		(*v)++;
 }
 
-/* One frame to the peer dst, or to all when that is 0, by way of a neighbour.
- * around: bytes of it that are not the frame's own */
+/* One frame to the peer dst, or to all when that is 0, that is passed on unless dst
+ * is end. around: bytes of it that are not the frame's own */
+static __always_inline void count_flow(struct __sk_buff *skb, struct flow *f, __u32 dst, __u32 end, __u32 around)
+{
+	__u32 packets = skb->gso_segs ? skb->gso_segs : 1;
+
+	f->packets += packets;
+	f->bytes += skb->len - around;
+	if (!dst)
+		f->flooded += packets;
+	else if (dst != end)
+		f->relayed += packets;
+}
+
 static __always_inline void count_sent(struct __sk_buff *skb, __u32 neighbour, __u32 dst, __u32 around)
 {
 	struct traffic *t = bpf_map_lookup_elem(&traffics, &neighbour);
-	__u32 packets = skb->gso_segs ? skb->gso_segs : 1;
-
-	if (!t)
-		return;
-	t->tx_packets += packets;
-	t->tx_bytes += skb->len - around;
-	if (!dst)
-		t->tx_flooded += packets;
-	else if (dst != neighbour)
-		t->tx_relayed += packets;
+	if (t)
+		count_flow(skb, &t->tx, dst, neighbour, around);
 }
 
 static __always_inline void count_received(struct __sk_buff *skb, __u32 neighbour, __u32 dst, __u32 self, __u32 around)
 {
 	struct traffic *t = bpf_map_lookup_elem(&traffics, &neighbour);
-	__u32 packets = skb->gso_segs ? skb->gso_segs : 1;
-
-	if (!t)
-		return;
-	t->rx_packets += packets;
-	t->rx_bytes += skb->len - around;
-	if (!dst)
-		t->rx_flooded += packets;
-	else if (dst != self)
-		t->rx_relayed += packets;
+	if (t)
+		count_flow(skb, &t->rx, dst, self, around);
 }
 
 static __always_inline int drop(__u32 why)

@@ -76,10 +76,10 @@ func TestLayouts(t *testing.T) {
 		"mac": unsafe.Offsetof(weavePort{}.Mac), "n_addrs": unsafe.Offsetof(weavePort{}.N_addrs),
 		"subnets": unsafe.Offsetof(weavePort{}.Subnets), "addrs": unsafe.Offsetof(weavePort{}.Addrs)})
 	check("traffic", unsafe.Sizeof(weaveTraffic{}), map[string]uintptr{
-		"tx_packets": unsafe.Offsetof(weaveTraffic{}.TxPackets), "tx_bytes": unsafe.Offsetof(weaveTraffic{}.TxBytes),
-		"tx_flooded": unsafe.Offsetof(weaveTraffic{}.TxFlooded), "tx_relayed": unsafe.Offsetof(weaveTraffic{}.TxRelayed),
-		"rx_packets": unsafe.Offsetof(weaveTraffic{}.RxPackets), "rx_bytes": unsafe.Offsetof(weaveTraffic{}.RxBytes),
-		"rx_flooded": unsafe.Offsetof(weaveTraffic{}.RxFlooded), "rx_relayed": unsafe.Offsetof(weaveTraffic{}.RxRelayed)})
+		"tx": unsafe.Offsetof(weaveTraffic{}.Tx), "rx": unsafe.Offsetof(weaveTraffic{}.Rx)})
+	check("flow", unsafe.Sizeof(weaveTraffic{}.Tx), map[string]uintptr{
+		"packets": unsafe.Offsetof(weaveTraffic{}.Tx.Packets), "bytes": unsafe.Offsetof(weaveTraffic{}.Tx.Bytes),
+		"flooded": unsafe.Offsetof(weaveTraffic{}.Tx.Flooded), "relayed": unsafe.Offsetof(weaveTraffic{}.Tx.Relayed)})
 	check("loss", unsafe.Sizeof(weaveLoss{}), map[string]uintptr{
 		"peer": unsafe.Offsetof(weaveLoss{}.Peer), "why": unsafe.Offsetof(weaveLoss{}.Why)})
 	check("learnt", unsafe.Sizeof(weaveLearnt{}), map[string]uintptr{

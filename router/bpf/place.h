@@ -19,6 +19,15 @@ static __always_inline int share_subnet(struct subnets *a, struct subnets *b)
 	return 0;
 }
 
+/* What somebody announced about an Ethernet address */
+static __always_inline struct endpoint *endpoint_of(const __u8 *mac)
+{
+	struct mac m = {};
+
+	__builtin_memcpy(m.b, mac, ETH_ALEN);
+	return bpf_map_lookup_elem(&endpoints, &m);
+}
+
 /* Takes note of a frame from a foreign address. */
 static __always_inline void learn(struct mac *m, __u32 peer, __u32 ifindex)
 {

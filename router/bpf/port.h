@@ -26,7 +26,7 @@ static __always_inline int owns_addr(struct port *p, struct addr *a)
 /* 0.0.0.0 (DHCP, ARP probes) is anybody's */
 static __always_inline int may_send_ipv4(struct port *p, const void *src)
 {
-	struct addr a __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+	struct addr a __attribute__((aligned(8))) = MAPPED;
 	__u32 v4;
 
 	__builtin_memcpy(&v4, src, sizeof(v4));

@@ -104,7 +104,6 @@ static __always_inline __u8 inner_protocol(struct __sk_buff *skb, __be16 protoco
 static __always_inline int enter_direct(struct __sk_buff *skb, struct cfg *c, struct ethhdr eth, __u32 neighbour)
 {
 	__u8 proto = inner_protocol(skb, eth.h_proto);
-	struct mac dst = {}, src = {};
 	__u64 flags = BPF_F_ADJ_ROOM_NO_CSUM_RESET;
 
 	/* A super-frame needs more than its headers taken off, and a TCP packet
@@ -113,12 +112,10 @@ static __always_inline int enter_direct(struct __sk_buff *skb, struct cfg *c, st
 		return PASS;
 	if (eth.h_proto == bpf_htons(ETH_P_IPV6))
 		flags |= DECAP_L3_IPV6;
-	__builtin_memcpy(dst.b, eth.h_dest, ETH_ALEN);
-	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
+	struct endpoint *to = endpoint_of(eth.h_dest);
 	if (!to || to->peer || !to->ifindex)
 		return PASS;
-	__builtin_memcpy(src.b, eth.h_source, ETH_ALEN);
-	struct endpoint *from = bpf_map_lookup_elem(&endpoints, &src);
+	struct endpoint *from = endpoint_of(eth.h_source);
 	if (!from || bpf_skb_adjust_room(skb, -(int)sizeof(struct tunnel), BPF_ADJ_ROOM_MAC, flags))
 		return PASS;
 	/* What a device says of checksums begins with the outer one. */
@@ -167,7 +164,7 @@ static __always_inline int is_plain(struct tunnel *t, struct cfg *c)
 static __always_inline int receive_direct(struct __sk_buff *skb, struct cfg *c)
 {
 	struct tunnel t;
-	struct addr remote __attribute__((aligned(8))) = {.b = {[10] = 0xff, [11] = 0xff}};
+	struct addr remote __attribute__((aligned(8))) = MAPPED;
 
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, &t, sizeof(t)) || !is_plain(&t, c))
 		return PASS;

@@ -65,6 +65,7 @@ struct cfg {
 struct addr {
 	__u8 b[16];
 };
+#define MAPPED {.b = {[10] = 0xff, [11] = 0xff}} /* an IPv4 address before it is set */
 
 /* the neighbours behind one underlay address (several behind a NAT) */
 struct neighbour {
@@ -113,7 +114,6 @@ struct endpoint {
 
 #define PORT_VETH 1	  /* the shortcut leads into the other end */
 #define PORT_ANY_SOURCE 2 /* may send from any IP address and from foreign MACs */
-
 #define PORT_MOVED 4	  /* its MAC lives elsewhere by now */
 
 /* a device of this host and what may be sent from it */
@@ -143,8 +143,7 @@ struct bucket {
  * packets it stands for. Of the packets, those flooded and those relayed: sent
  * for the neighbour to pass on, or received from it to pass on from here. */
 struct traffic {
-	__u64 tx_packets, tx_bytes, tx_flooded, tx_relayed;
-	__u64 rx_packets, rx_bytes, rx_flooded, rx_relayed;
+	struct flow { __u64 packets, bytes, flooded, relayed; } tx, rx;
 };
 
 /* frames dropped on the way from or to a peer */

@@ -108,12 +108,10 @@ SEC("tc")
 int join_in(struct __sk_buff *skb)
 {
 	struct ethhdr *eth = header(skb, sizeof(*eth));
-	struct mac dst = {};
 
 	if (!eth)
 		return drop(COUNT_DROPPED_MALFORMED);
-	__builtin_memcpy(dst.b, eth->h_dest, ETH_ALEN);
-	struct endpoint *to = bpf_map_lookup_elem(&endpoints, &dst);
+	struct endpoint *to = endpoint_of(eth->h_dest);
 	if (!to || to->peer || !to->ifindex)
 		return drop(COUNT_DROPPED_LOCAL);
 	return into(skb, to->ifindex, 0);

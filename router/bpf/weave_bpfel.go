@@ -153,15 +153,21 @@ type weaveSubnets struct {
 }
 
 type weaveTraffic struct {
-	_         structs.HostLayout
-	TxPackets uint64
-	TxBytes   uint64
-	TxFlooded uint64
-	TxRelayed uint64
-	RxPackets uint64
-	RxBytes   uint64
-	RxFlooded uint64
-	RxRelayed uint64
+	_  structs.HostLayout
+	Tx struct {
+		_       structs.HostLayout
+		Packets uint64
+		Bytes   uint64
+		Flooded uint64
+		Relayed uint64
+	}
+	Rx struct {
+		_       structs.HostLayout
+		Packets uint64
+		Bytes   uint64
+		Flooded uint64
+		Relayed uint64
+	}
 }
 
 type weaveTree struct {

@@ -25,7 +25,7 @@ type flow struct {
 func startFlow(t *testing.T, a, b *container) *flow {
 	t.Helper()
 	f := &flow{name: a.name + " to " + b.name}
-	near, far := a.listenUDP(t), b.listenUDP(t)
+	near, far := a.listenUDP(t, a.addr.Addr()), b.listenUDP(t, b.addr.Addr())
 	var wait sync.WaitGroup
 	ctx, cancel := context.WithCancel(t.Context())
 	t.Cleanup(func() { cancel(); _ = near.Close(); _ = far.Close(); wait.Wait() })

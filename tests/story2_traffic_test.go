@@ -85,7 +85,7 @@ func testPS(t *testing.T, c *container, device string) {
 
 // testBroadcast: an ARP request of the first container for the second's address
 // is answered, and one for an address that nobody has, which only a broadcast
-// can find out, is seen by the third.
+// can find out, is seen by the third, once.
 func testBroadcast(t *testing.T, cs []*container) {
 	t.Helper()
 	third, err := cs[2].Tap(cs[2].netns, cs[2].device)
@@ -110,6 +110,9 @@ func testBroadcast(t *testing.T, cs []*container) {
 	}
 	if err := <-seen; err != nil {
 		t.Errorf("request for %s at %s: %v", nobody, cs[2].name, err)
+	}
+	if _, err := third.Receive(100*time.Millisecond, func(f []byte) bool { return isARPRequest(f, nobody) }); err == nil {
+		t.Errorf("request for %s at %s: seen twice", nobody, cs[2].name)
 	}
 }
 

@@ -150,7 +150,10 @@ func New(cfg Config) (*DataPath, error) {
 	}
 	var undo undoList
 	if err := d.setUp(&undo); err != nil {
-		return nil, errors.Join(err, undo.run())
+		for _, step := range slices.Backward(undo) {
+			err = errors.Join(err, step())
+		}
+		return nil, err
 	}
 	return d, nil
 }
@@ -159,14 +162,6 @@ func New(cfg Config) (*DataPath, error) {
 type undoList []func() error
 
 func (u *undoList) add(f func() error) { *u = append(*u, f) }
-
-func (u *undoList) run() error {
-	var errs []error
-	for i := len(*u) - 1; i >= 0; i-- {
-		errs = append(errs, (*u)[i]())
-	}
-	return errors.Join(errs...)
-}
 
 func (d *DataPath) setUp(undo *undoList) error {
 	mounted, err := mountBPF(d.cfg.PinDir)

@@ -168,29 +168,24 @@ func (d *DataPath) concludeLocked(o *offload, now time.Time) (changed bool) {
 		return false
 	}
 	o.next = now.Add(examAgain)
-	changed = !o.known || o.fault != fault
+	was := o.fault
+	changed = !o.known || was != fault
+	o.known, o.fault = true, fault
 	switch {
-	case fault != "" && o.fault != fault:
-		o.fault = fault
-		if !d.othersRemarkLocked(o) {
-			d.log.Warn("network devices are relieved of what they do wrong", "peer", o.name, "reason", o.remark())
-		}
-	case fault == "" && o.fault != "" && !d.othersRemarkLocked(o):
+	case fault != "" && was != fault && !d.saidLocked(o, fault):
+		d.log.Warn("network devices are relieved of what they do wrong", "peer", o.name, "reason", o.remark())
+	case fault == "" && was != "" && !d.saidLocked(o, was):
 		d.log.Info("network devices do their part again", "device", o.hop.Name, "peer", o.name)
 	}
-	o.known, o.fault = true, fault
 	return changed
 }
 
-// othersRemarkLocked says whether the same is said of the way to another
-// neighbour: one line about a device is enough for a log.
-func (d *DataPath) othersRemarkLocked(o *offload) bool {
-	for _, x := range d.offloads {
-		if x != o && x.fault == o.fault && x.hop.Name == o.hop.Name {
-			return true
-		}
-	}
-	return false
+// saidLocked says whether the same fault is known of the way to another neighbour:
+// one line about a device is enough for a log.
+func (d *DataPath) saidLocked(o *offload, fault string) bool {
+	return slices.ContainsFunc(slices.Collect(maps.Values(d.offloads)), func(x *offload) bool {
+		return x != o && x.fault == fault && x.hop.Name == o.hop.Name
+	})
 }
 
 // sendExams sends probes. Where the kernel does by itself what devices do wrong

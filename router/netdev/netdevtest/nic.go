@@ -14,7 +14,8 @@ import (
 
 // NIC is a pair of network devices that ought to do what the kernel leaves to
 // them with frames in VXLAN over IPv4: what comes by one, with what is left to do,
-// goes out by the other through this code. It does both until told otherwise.
+// goes out by the other through this code. It does both until told otherwise, but of
+// super-frames it knows only TCP over IPv4.
 type NIC struct {
 	Port    uint16      // UDP port of VXLAN
 	NoSums  atomic.Bool // leaves checksums inside tunnels as they are
@@ -103,7 +104,7 @@ func (n *NIC) carry(from, to int, end chan struct{}) {
 		packets := [][]byte{f}
 		if kind, size := v.GSO(); kind != frame.GSONone {
 			packets = nil
-			if !n.NoSuper.Load() {
+			if kind&^frame.GSOECN == frame.GSOTCP4 && !n.NoSuper.Load() {
 				packets = cut(f, int(start), int(size))
 			}
 		}

@@ -46,6 +46,7 @@ type machine struct {
 	removes []peer.Name
 	due     time.Duration // of the next turn
 	written time.Duration // the lease on disk
+	kept    *State        // the register on disk
 	own     *space.Set    // see owned; nil: to be worked out
 }
 
@@ -85,7 +86,7 @@ func (h *machine) start() {
 		node, _ = New(cfg, s, nil)
 	}
 	h.node, h.fuse, h.wanted, h.removes, h.own = node, 0, nil, nil, nil
-	h.lease, h.written = Lease{Self: cfg.Self, Want: modelLease}, 0
+	h.lease, h.written, h.kept = Lease{Self: cfg.Self, Want: modelLease}, 0, nil
 	h.lease.Load(d.lease, fmt.Sprint(h.boot), s)
 	for a := range h.live { // adopted
 		d.own[a] = true
@@ -125,8 +126,8 @@ func (h *machine) do(e Effects) {
 		if !h.pass() {
 			return
 		}
-		if s := h.node.State(); s != nil {
-			h.disk.register = s.Append(nil)
+		if s := h.node.State(); s != h.kept {
+			h.disk.register, h.kept = s.Append(nil), s
 		}
 		h.disk.acceptor = h.node.Acceptor()
 		h.disk.lease, h.written = h.lease.Append(nil, fmt.Sprint(h.boot)), h.lease.Until()

@@ -28,8 +28,8 @@ rest of a daemon is as small as it can be.
 	seed ── random steps ──> hosts: disk │ daemon: Node, Lease │ kernel: containers, fence
 	                           └───── messages: lost, doubled, late, cut one way ─────┘
 
-A run of a seed is the same each time. WEAVE_MODEL_SEED=n runs that seed alone,
-WEAVE_MODEL_RUNS=n so many of them.
+A run of a seed is the same each time. WEAVE_MODEL_RUNS=n runs so many seeds,
+WEAVE_MODEL_SEED=n that seed alone, both so many from that one on.
 */
 
 const (
@@ -174,7 +174,7 @@ func (w *model) pass(d time.Duration) {
 func (w *model) gossip() {
 	a, b := w.hosts[w.rand.IntN(len(w.hosts))], w.hosts[w.rand.IntN(len(w.hosts))]
 	if a == b || a.node == nil || b.node == nil || !a.on || !b.on || a.asleep || b.asleep || b.stalled ||
-		a.node.State() == nil || w.cut[[2]peer.Name{a.name, b.name}] {
+		a.node.State() == nil || a.node.State() == b.node.State() || w.cut[[2]peer.Name{a.name, b.name}] {
 		return
 	}
 	b.do(b.node.Merge(b.clock(), a.name, a.node.State()))
@@ -238,12 +238,12 @@ func (w *model) check() {
 // TestModel runs the model by many seeds.
 func TestModel(t *testing.T) {
 	first, runs := uint64(0), modelRuns
-	if v := os.Getenv("WEAVE_MODEL_RUNS"); v != "" {
-		runs, _ = strconv.Atoi(v)
-	}
 	if v := os.Getenv("WEAVE_MODEL_SEED"); v != "" {
 		first, _ = strconv.ParseUint(v, 10, 64)
 		runs = 1
+	}
+	if v := os.Getenv("WEAVE_MODEL_RUNS"); v != "" {
+		runs, _ = strconv.Atoi(v)
 	}
 	defer debug.SetGCPercent(debug.SetGCPercent(1000)) // short-lived garbage
 	var next atomic.Uint64

@@ -73,7 +73,11 @@ func (w *watch) of(t Tenancy) *silence {
 
 // keeps says whether this peer is a keeper whose acknowledgements count.
 func (n *Node) keeps() bool {
-	return n.state != nil && n.cfg.Self.Store != 0 && n.state.Keeper(n.cfg.Self) && slices.Contains(n.state.committee(), n.cfg.Self)
+	if n.state == nil || n.cfg.Self.Store == 0 {
+		return false
+	}
+	m, _ := n.state.Member(n.cfg.Self.Name)
+	return m.ID == n.cfg.Self && slices.Contains(n.state.Keepers, m.Name)
 }
 
 // look is the time between two looks.

@@ -52,7 +52,8 @@ func (a *Allocator) saveLease() {
 }
 
 // fence has the containers here cut off from when the lease is over, or at once
-// as long as one of them has an address that is not ours.
+// as long as one of them has an address that is not ours: without a register,
+// as after its loss, none is.
 func (a *Allocator) fence() error {
 	a.mu.Lock()
 	was := a.leaseEnd
@@ -62,8 +63,8 @@ func (a *Allocator) fence() error {
 	}
 	s, stray := a.state, a.disputed
 	a.mu.Unlock()
-	if a.cfg.Fence == nil || s == nil {
-		return nil
+	if a.cfg.Fence == nil || s == nil && (!stray || a.cfg.Lease == 0) {
+		return nil // without a register what the kernel was told last holds
 	}
 	until := a.lease.Fence(s, stray)
 	if a.fenced == until {

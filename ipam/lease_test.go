@@ -191,3 +191,30 @@ func TestSmallClusters(t *testing.T) {
 		}
 	})
 }
+
+// A register that was lost says nothing of what became of the addresses that are
+// in use: after a start of the machine, too, they are cut off until it is met.
+func TestLostRegister(t *testing.T) {
+	run(t, 5, func(t *testing.T, w *world) {
+		hosts := leasedHosts(t, w, 5, "10.32.0.0/24")
+		lone := hosts[4]
+		held := lone.must("c", "")
+		w.cutOff(lone)
+		lone.crash()
+		lone.corrupt(keyRegister)
+		lone.reboot()
+		if !lone.isCut() || !strings.Contains(lone.up().Status().State, "register lost") {
+			t.Fatalf("cut off: %v, %s", lone.isCut(), lone.up().Status().State)
+		}
+		settle(2 * testLease)
+		if err := hosts[0].up().Claim(w.within(10*time.Second), "taker", held); err != nil {
+			t.Fatal(err)
+		}
+		w.check()
+		w.whole()
+		settle(testLease / 2)
+		if left := lone.up().Lookup("c", netip.Prefix{}); lone.isCut() || len(left) != 0 {
+			t.Errorf("back with %v, %s", lone.up().Owned(), lone.up().Status().State)
+		}
+	})
+}

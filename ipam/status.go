@@ -167,7 +167,7 @@ type view struct {
 
 func (a *Allocator) viewLocked() view {
 	return view{a.state, a.founding, a.member, a.leaving, len(a.waiters) > 0,
-		a.overLocked(), a.leaseEnd != 0 && a.disputed, a.lastWord, a.reach}
+		a.overLocked(), a.disputed && (a.leaseEnd != 0 || a.state == nil && a.cfg.Lease > 0), a.lastWord, a.reach}
 }
 
 // words is the one line that says how things stand.
@@ -176,6 +176,9 @@ func (a *Allocator) words(v view, up []peer.Name) string {
 	switch {
 	case v.lastWord != "":
 		return v.lastWord
+	case st == nil && v.disputed:
+		v.disputed = false
+		return "register lost: containers here are cut off from other hosts until it is met again; " + a.words(v, up)
 	case v.leaving:
 		return "left"
 	case st == nil && v.founding.working && a.cfg.Init.Mode == Observer:

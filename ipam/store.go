@@ -117,6 +117,7 @@ func (a *Allocator) load() error {
 		return err
 	}
 	a.applyLocked(st)
+	a.disputeLocked()
 	return nil
 }
 

@@ -92,8 +92,11 @@ func (l *Lease) Load(b []byte, boot string, s *State) {
 }
 
 // want is the lease that the register is to have for this peer: none in a
-// cluster that is too small.
+// cluster that is too small. Without a register it may be any cluster.
 func (l *Lease) want(s *State) time.Duration {
+	if s == nil {
+		return l.Want
+	}
 	members := len(s.Members)
 	if _, ok := s.Member(l.Self.Name); !ok {
 		members++
@@ -146,7 +149,8 @@ func (l *Lease) Demand(now time.Duration, s *State) (Op, bool) {
 
 // Fence is when the containers here are to be cut off from other hosts, 0 for
 // never: at the end of the lease, and at once as long as an address in use here is
-// not granted to this peer (stray), which others may have by now.
+// not granted to this peer (stray), which others may have by now. A nil State
+// grants nothing.
 func (l *Lease) Fence(s *State, stray bool) time.Duration {
 	if stray && (l.until != 0 || l.want(s) > 0) {
 		return LeaseOver

@@ -91,9 +91,7 @@ func (h *machine) start() {
 	for a := range h.live { // adopted
 		d.own[a] = true
 	}
-	if s != nil {
-		h.setFence()
-	}
+	h.setFence()
 	h.due = h.w.now
 }
 
@@ -185,8 +183,11 @@ func (h *machine) disputed() bool {
 	return false
 }
 
+// setFence tells the kernel; without a register only to cut off.
 func (h *machine) setFence() {
-	h.fence = h.lease.Fence(h.node.State(), h.disputed())
+	if s, stray := h.node.State(), h.disputed(); s != nil || stray {
+		h.fence = h.lease.Fence(s, stray)
+	}
 }
 
 func (h *machine) leaseOver() bool { return h.lease.Until() != 0 && h.uptime() >= h.lease.Until() }

@@ -77,19 +77,48 @@ func (a *Allocator) Claim(ctx context.Context, owner string, addr netip.Prefix) 
 	}
 	w := &waiter{owner: owner, want: netip.PrefixFrom(ip, ip.BitLen()), shown: addr}
 	var got netip.Prefix
-	return a.serveCaller(ctx, w, func() (netip.Prefix, bool, error) {
+	holder := ""
+	err := a.serveCaller(ctx, w, func() (netip.Prefix, bool, error) {
 		if r := a.records[ip]; r != nil {
-			if r.owner == unknownOwner && !r.busy {
+			if r.owner == Unknown && !r.busy {
 				delete(a.records, ip) // its owner is back; serveCaller writes it anew
 				return addr, true, nil
 			}
 			if r.owner == owner {
 				return r.prefix, true, nil
 			}
-			return netip.Prefix{}, false, fmt.Errorf("%s is %w by %s on this host", ip, ErrHeld, describe(r.owner))
+			holder = r.owner
+			return netip.Prefix{}, false, ErrHeld
 		}
 		return addr, !a.cfg.Range.Contains(ip) || a.space.Owns(ip) && !a.overLocked(), nil
 	}, &got)
+	if holder == "" {
+		return err
+	}
+	for {
+		if who, known := a.who(holder, ip); known {
+			return fmt.Errorf("%s is %w by %s on this host", ip, err, who)
+		}
+		select {
+		case <-time.After(laterWait):
+		case <-ctx.Done():
+			return fmt.Errorf("%s is %w by %s on this host", ip, err, InWords(holder))
+		}
+	}
+}
+
+// who is the owner of an address in words; false: ask again soon.
+func (a *Allocator) who(owner string, addr netip.Addr) (words string, known bool) {
+	if a.cfg.Holder != nil && strings.HasPrefix(owner, Anonymous) {
+		id, known := a.cfg.Holder(addr)
+		if !known {
+			return "", false
+		}
+		if id != "" {
+			owner = id
+		}
+	}
+	return InWords(owner), true
 }
 
 // serveCaller takes what pick finds, durable before it returns, and waits for
@@ -224,7 +253,7 @@ func (a *Allocator) Free(owner string, addr netip.Addr) error {
 			return nil
 		case r.owner != owner:
 			a.mu.Unlock()
-			return fmt.Errorf("%s is %w by %s, not by %s", addr, ErrHeld, describe(r.owner), describe(owner))
+			return fmt.Errorf("%s is %w by %s, not by %s", addr, ErrHeld, InWords(r.owner), InWords(owner))
 		case !r.busy:
 			return a.dropAndUnlock(r)
 		}
@@ -262,7 +291,7 @@ func (a *Allocator) FreeAll(owner string) error {
 	held := a.heldLocked(owner, netip.Prefix{})
 	for w := range a.waiters {
 		if w.owner == owner {
-			w.err = fmt.Errorf("%s is gone: %w", describe(owner), ErrGone)
+			w.err = fmt.Errorf("%s is gone: %w", InWords(owner), ErrGone)
 		}
 	}
 	a.changedLocked()
@@ -275,15 +304,17 @@ func (a *Allocator) FreeAll(owner string) error {
 	return nil
 }
 
-// describe is an owner in words.
-func describe(owner string) string {
+// InWords is an owner in words.
+func InWords(owner string) string {
 	switch {
 	case owner == "weave:expose":
 		return "the host itself (weave expose)"
-	case owner == unknownOwner:
+	case owner == Unknown:
 		return "an owner whose record is damaged"
 	case strings.HasPrefix(owner, Anonymous):
 		return "a container of the Docker network"
+	case strings.Contains(owner, "/"): // the path of a network namespace
+		return owner
 	case len(owner) > 12:
 		return "container " + owner[:12]
 	}

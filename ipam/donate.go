@@ -27,8 +27,15 @@ func (a *Allocator) serve(now time.Time, from peer.Name, q ask) {
 	if !ok || n.id != q.id {
 		n = answer{cluster: st.Cluster, id: q.id, term: st.Term, version: st.Version}
 		n.code, n.text = a.donate(from, q.want)
-		if n.code == answerNone {
+		switch n.code {
+		case answerNone:
 			n.text = strconv.FormatUint(a.usedIn(q.want), 10)
+		case answerHeld:
+			who, known := a.who(n.text, q.want.Addr())
+			if n.text = who; !known {
+				n.code = answerLater
+			}
+		case answerGiven, answerLater:
 		}
 		if n.code == answerGiven {
 			a.served[from] = n // a doubled question is not to be given to twice
@@ -40,7 +47,8 @@ func (a *Allocator) serve(now time.Time, from peer.Name, q ask) {
 	a.post(from, n.append())
 }
 
-// donate marks a block as given away to a peer, if there is one.
+// donate marks a block as given away to a peer, if there is one. Of an address
+// that is held, the text is by whom.
 func (a *Allocator) donate(to peer.Name, want netip.Prefix) (code, string) {
 	sought := space.FromPrefix(want)
 	a.mu.Lock()
@@ -73,7 +81,7 @@ func (a *Allocator) donate(to peer.Name, want netip.Prefix) (code, string) {
 	case transit:
 		return answerLater, ""
 	case want.IsSingleIP() && a.records[want.Addr()] != nil:
-		return answerHeld, describe(a.records[want.Addr()].owner)
+		return answerHeld, a.records[want.Addr()].owner
 	}
 	return answerNone, ""
 }
@@ -116,7 +124,7 @@ func (a *Allocator) taken(now time.Time, key netip.Prefix, s *search, from peer.
 	defer a.mu.Unlock()
 	if r := a.records[key.Addr()]; r != nil {
 		a.conflict[from] = conflict{fmt.Sprintf("%s is in use by %s here and by %s on %s; detach one of them",
-			key.Addr(), describe(r.owner), by, there), now}
+			key.Addr(), InWords(r.owner), by, there), now}
 		a.searches[key] = s
 		s.asked, s.next = 0, now.Add(30*time.Second)
 	}

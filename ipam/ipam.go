@@ -95,6 +95,9 @@ type Config struct {
 	// Lost says that an address in use here is another peer's: the owner is to
 	// lose it, and Free is to be called then. It must not wait. May be nil.
 	Lost func(owner string, addr netip.Prefix)
+	// Holder is the id of the container that has an address of Anonymous, "" when
+	// nobody can tell. It must not wait: false says to ask again soon. May be nil.
+	Holder func(addr netip.Addr) (id string, known bool)
 	// Uptime and Boot are CLOCK_BOOTTIME and what tells this boot from others;
 	// nil and "": those of this machine.
 	Uptime func() time.Duration

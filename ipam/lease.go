@@ -106,12 +106,12 @@ func (a *Allocator) Adopt(owner string, addr netip.Prefix) error {
 		switch {
 		case r == nil:
 			return a.takeAndUnlock(owner, addr)
-		case r.owner == unknownOwner && !r.busy:
+		case r.owner == Unknown && !r.busy:
 			delete(a.records, ip) // its owner is back
 			return a.takeAndUnlock(owner, addr)
 		case r.owner != owner:
 			a.mu.Unlock()
-			return fmt.Errorf("%s is %w by %s on this host", ip, ErrHeld, describe(r.owner))
+			return fmt.Errorf("%s is %w by %s on this host", ip, ErrHeld, InWords(r.owner))
 		case !r.busy:
 			a.mu.Unlock()
 			return nil
@@ -133,7 +133,7 @@ func (a *Allocator) lose(addr netip.Addr, to peer.Name) {
 	r.lost = true
 	owner, prefix := r.owner, r.prefix
 	text := fmt.Sprintf("%s of %s went to %s while this host was cut off, and was taken from it; restart or attach it for another address",
-		addr, describe(owner), a.nick(to))
+		addr, InWords(owner), a.nick(to))
 	a.losses = append(a.losses, text)
 	if len(a.losses) > lossesShown {
 		a.losses = a.losses[1:]

@@ -25,8 +25,9 @@ const (
 	keyCorrupt  = "corrupt/"
 )
 
-// unknownOwner holds an address whose record cannot be read: it may be in use.
-const unknownOwner = "unknown"
+// Unknown is the owner of an address whose record cannot be read: it may be in
+// use.
+const Unknown = "unknown"
 
 // record is an address that somebody here holds.
 type record struct {
@@ -49,7 +50,7 @@ func parseRecord(key string, b []byte) (*record, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &record{owner: unknownOwner, prefix: netip.PrefixFrom(addr, addr.BitLen())}
+	r := &record{owner: Unknown, prefix: netip.PrefixFrom(addr, addr.BitLen())}
 	if len(b) < 3 || b[0] != register.Format || int(b[1]) > addr.BitLen() {
 		return r, fmt.Errorf("record of %d octets", len(b))
 	}

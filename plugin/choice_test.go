@@ -47,7 +47,7 @@ func choices(t *testing.T, h *lab.Host, p *helper, run func(...string) string) {
 		t.Errorf("after a restart:\n%s", out)
 	}
 	r = h.Docker(t.Context(), "run", "--rm", "--network", option("any", "ip:10.41.1.5/24"), "busybox", "true")
-	if r.Code == 0 || !strings.Contains(r.Stderr, "10.41.1.5 is in use") {
+	if r.Code == 0 || !strings.Contains(r.Stderr, "10.41.1.5 is held by container") {
 		t.Errorf("the same address again: exit %d, %s", r.Code, r.Stderr)
 	}
 	r = h.Docker(t.Context(), "run", "--rm", "--network", option("any", "net:nowhere"), "busybox", "true")

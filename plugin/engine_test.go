@@ -284,7 +284,7 @@ func runs(t *testing.T, h *lab.Host, run func(...string) string) {
 func addresses(t *testing.T, h *lab.Host, p *helper, run func(...string) string) {
 	run("run", "-d", "--name", "aa", "--net=weave", "--ip", "10.32.0.50", "busybox", "sleep", "600")
 	r := h.Docker(t.Context(), "run", "--rm", "--net=weave", "--ip", "10.32.0.50", "busybox", "true")
-	if r.Code == 0 || !strings.Contains(r.Stderr, "10.32.0.50 is in use") {
+	if r.Code == 0 || !strings.Contains(r.Stderr, "10.32.0.50 is held by") {
 		t.Errorf("a second container with the same address: exit %d, %s", r.Code, r.Stderr)
 	}
 	run("run", "-d", "--name", "bb", "--net=weave", "busybox", "sleep", "600")

@@ -123,7 +123,7 @@ func (p *Plugin) requestAddress(ctx context.Context, q addressRequest) (addressA
 	}
 	if err != nil {
 		if limited.Err() != nil && ctx.Err() == nil {
-			err = fmt.Errorf("no address within %v: the peers have not agreed yet, see 'weave status ipam': %w", addressLimit, err)
+			err = fmt.Errorf("no address within %v (see 'weave status'): %w", addressLimit, err)
 		}
 		return addressAnswer{}, err
 	}
@@ -169,7 +169,7 @@ func (p *Plugin) claim(ctx context.Context, l pool, want string) (netip.Addr, er
 	// All plugin networks are one owner to the allocator, so who of them has
 	// the address is to be seen here.
 	if user, used := p.inUse(ctx, addr); used {
-		return netip.Addr{}, fmt.Errorf("address %s is in use on this host by %s", addr, user)
+		return netip.Addr{}, fmt.Errorf("%s is held by %s on this host", addr, user)
 	}
 	if p.cfg.Alloc != nil {
 		if err := p.cfg.Alloc.Claim(ctx, holder(addr), netip.PrefixFrom(addr, l.subnet.Bits())); err != nil {
@@ -188,12 +188,12 @@ func (p *Plugin) inUse(ctx context.Context, addr netip.Addr) (user string, used 
 			continue
 		}
 		if !p.isLost(ctx, a) {
-			return a.ID, true
+			return p.user(ctx, a), true
 		}
 		p.cfg.Log.Info("plugin: endpoint removed, its address is asked for", "endpoint", a.ID, "address", addr)
 		if _, err := p.deleteEndpoint(ctx, endpointRequest{EndpointID: a.ID}); err != nil {
 			p.cfg.Log.Warn("plugin: endpoint of a container that is gone", "endpoint", a.ID, "err", err)
-			return a.ID, true
+			return p.user(ctx, a), true
 		}
 	}
 	p.mu.Lock()
@@ -222,7 +222,7 @@ func (p *Plugin) isLost(ctx context.Context, a attach.Attachment) bool {
 	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
 	defer cancel()
 	_, endpoints, err := p.engineState(ctx)
-	return err == nil && !endpoints[a.ID]
+	return err == nil && endpoints[a.ID] == ""
 }
 
 func (p *Plugin) setPending(addr netip.Addr) {

@@ -65,6 +65,7 @@ type Plugin struct {
 	cfg      Config
 	listener *net.UnixListener
 	wake     chan struct{} // capacity 1: the engine is there (again)
+	look     chan struct{} // capacity 1: holders are to be found out
 	ready    chan struct{} // closed when the first attempt at network "weave" is over
 	making   chan struct{} // capacity 1: held while networks are made
 
@@ -74,6 +75,9 @@ type Plugin struct {
 	pending   map[netip.Addr]time.Time // handed out, not yet on an endpoint
 	suspects  map[string]time.Time     // seems left over since then; by address or endpoint
 	badLabels map[string]error         // what is wrong with labels; by name of the container
+	holders   map[string]string        // containers, by endpoint
+	asked     time.Time                // when a look for holders was wanted; zero: none is
+	looked    time.Time                // when the last one ended
 	optioned  bool                     // containers may have options that choose their network
 
 	patience time.Duration // before what seems left over is removed
@@ -94,6 +98,7 @@ func New(cfg Config) (*Plugin, error) {
 		cfg:       cfg,
 		listener:  l,
 		wake:      make(chan struct{}, 1),
+		look:      make(chan struct{}, 1),
 		ready:     make(chan struct{}),
 		making:    make(chan struct{}, 1),
 		networks:  make(map[string]traits),
@@ -148,6 +153,7 @@ func (p *Plugin) Run(ctx context.Context) error {
 	})
 	g.Go(func() error { return p.follow(ctx) })
 	g.Go(func() error { return p.moveAll(ctx) })
+	g.Go(func() error { return p.findUsers(ctx) })
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil

@@ -106,7 +106,7 @@ func (p *Plugin) Reconcile(ctx context.Context) error {
 		errs = append(errs, p.claimMissing(ctx, addrs, held))
 	}
 	for _, a := range p.cfg.Attach.List() {
-		if a.Kind != attach.KindEndpoint || endpoints[a.ID] {
+		if a.Kind != attach.KindEndpoint || endpoints[a.ID] != "" {
 			continue
 		}
 		seen[a.ID] = true
@@ -120,13 +120,14 @@ func (p *Plugin) Reconcile(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// engineState gathers what the engine has on networks of the driver.
-func (p *Plugin) engineState(ctx context.Context) (addrs map[netip.Addr]netip.Prefix, endpoints map[string]bool, err error) {
+// engineState gathers what the engine has on networks of the driver: addresses,
+// and endpoints with the containers that they are of.
+func (p *Plugin) engineState(ctx context.Context) (addrs map[netip.Addr]netip.Prefix, endpoints map[string]string, err error) {
 	list, err := p.cfg.Docker.ListNetworks(ctx, map[string][]string{"driver": {docker.Driver}})
 	if err != nil {
 		return nil, nil, err
 	}
-	addrs, endpoints = make(map[netip.Addr]netip.Prefix), make(map[string]bool)
+	addrs, endpoints = make(map[netip.Addr]netip.Prefix), make(map[string]string)
 	for _, n := range list {
 		n, err = p.cfg.Docker.InspectNetwork(ctx, n.ID)
 		if docker.IsNotFound(err) {
@@ -134,8 +135,8 @@ func (p *Plugin) engineState(ctx context.Context) (addrs map[netip.Addr]netip.Pr
 		} else if err != nil {
 			return nil, nil, err
 		}
-		for _, e := range n.Containers {
-			endpoints[e.EndpointID] = true
+		for id, e := range n.Containers {
+			endpoints[e.EndpointID] = id
 			// Networks with addresses by another driver are not ours to keep.
 			ours := n.IPAM.Driver == docker.Driver || n.IPAM.Driver == nullDriver
 			if a, err := netip.ParsePrefix(e.IPv4Address); err == nil && ours {

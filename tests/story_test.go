@@ -37,6 +37,7 @@ func TestThroughTheProxy(t *testing.T) {
 	step(t, "isolation", func(t *testing.T) { testIsolation(t, cs) })
 	step(t, "addresses", func(t *testing.T) { testAddressRules(t, l) })
 	step(t, "networks", func(t *testing.T) { testNetworkRules(t, l.Host("u1")) })
+	step(t, "holders", func(t *testing.T) { testHolders(t, l, cs["b1"]) })
 	step(t, "restart", func(t *testing.T) { testRestart(t, cs) })
 	step(t, "docker", func(t *testing.T) { testDockerAsWithout(t, l.Host("u1")) })
 	step(t, "attach", func(t *testing.T) { testAttach(t, l, cs) })

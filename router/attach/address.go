@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"weave.local/ipam"
 	"weave.local/router/netdev"
 	"weave.local/router/overlay"
 )
@@ -47,8 +48,10 @@ func (m *Manager) obtainOne(ctx context.Context, owner string, r Request) (netip
 		}
 		return p, nil
 	}
-	if err := m.checkHolder(owner, r.IP); err != nil {
-		return netip.Prefix{}, err
+	if m.cfg.Alloc == nil { // else it knows, and says by whom
+		if err := m.checkHolder(owner, r.IP); err != nil {
+			return netip.Prefix{}, err
+		}
 	}
 	if route, overlaps, err := netdev.OverlappingRoute(r.IP.Masked(), m.cfg.Bridge); err == nil && overlaps {
 		m.cfg.Log.Warn("address overlaps a route of the host", "addr", r.IP, "route", route.Dst, "dev", route.Dev)
@@ -74,7 +77,7 @@ func (m *Manager) checkHolder(owner string, p netip.Prefix) error {
 	case id == "":
 		return nil
 	case id != owner:
-		return fmt.Errorf("address %s is used by %s already: choose another one", p.Addr(), id)
+		return fmt.Errorf("address %s is held by %s on this host: choose another one", p.Addr(), ipam.InWords(id))
 	case as != p:
 		return fmt.Errorf("address %s is attached already, as %s: detach it first", p, as)
 	}

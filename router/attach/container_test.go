@@ -83,7 +83,7 @@ func TestAttachRefusals(t *testing.T) {
 		{"host", "x", "/proc/self/ns/net", ip("10.2.1.9/24"), "--net=host"},
 		{"dead", "x", "/proc/4194305/ns/net", ip("10.2.1.9/24"), "x is not running"},
 		{"no namespace", "x", "/etc/passwd", ip("10.2.1.9/24"), "no network namespace"},
-		{"address of another", "x", blue, ip("10.2.1.5/24"), "10.2.1.5 is used by red"},
+		{"address of another", "x", blue, ip("10.2.1.5/24"), "10.2.1.5 is held by container red on this host"},
 		{"other length", "red", red, ip("10.2.1.5/16"), "attached already, as 10.2.1.5/24"},
 		{"same network", "x", red, ip("10.2.1.9/24"), "shares its network with red"},
 		{"ethwe of somebody else", "x", blue, ip("10.2.1.9/24"), "ethwe that is not ours"},

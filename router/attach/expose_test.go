@@ -179,7 +179,7 @@ func TestExposedAddressIsTaken(t *testing.T) {
 	h.expose(ExposeOptions{}, ip("10.2.0.1/16"))
 	red := netdevtest.Namespace(t)
 	_, err := h.Attach(t.Context(), Target{ID: "red", NetNS: red}, ip("10.2.0.1/16"))
-	if err == nil || !strings.Contains(err.Error(), "used by weave:expose") {
+	if err == nil || !strings.Contains(err.Error(), "10.2.0.1 is held by the host itself") {
 		t.Errorf("error %v", err)
 	}
 	if _, err := h.Expose(t.Context(), nil, ExposeOptions{}); err == nil || !strings.Contains(err.Error(), "allocation is switched off") {

@@ -203,3 +203,21 @@ func TestLostAllocations(t *testing.T) {
 	eventually(t, "both are claimed again", func() bool { return len(h.owned("red")) == 1 && len(h.owned(HostID)) == 1 })
 	h.wantOwned("red", "10.32.0.1/24")
 }
+
+// A crash comes at any moment between the allocator's record and the journal.
+func TestAddressesOfNobody(t *testing.T) {
+	h := newHostWithIPAM(t)
+	red := netdevtest.Namespace(t)
+	a := h.attach("red", red, nil)
+	for _, owner := range []string{"red", "ghost", HostID, ipam.Anonymous} {
+		if _, err := h.alloc.Allocate(t.Context(), owner, p("10.32.7.0/24")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.restart()
+	owned := h.alloc.Owned()
+	if len(owned) != 2 || !slices.Equal(owned["red"], a.Addrs) {
+		t.Errorf("owned are %v, want those of red and one of Docker", owned)
+	}
+	h.wantAddrs("red", red, "ethwe", a.Addrs[0].String())
+}

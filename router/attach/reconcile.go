@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 
+	"weave.local/ipam"
 	"weave.local/router/netdev"
 )
 
@@ -47,7 +48,45 @@ func (m *Manager) Reconcile(ctx context.Context) error {
 	for _, d := range devices {
 		m.warn("device not adopted", d.Name, m.stray(d, bridge.Index))
 	}
-	return m.restoreHost(ctx, exposed)
+	err = m.restoreHost(ctx, exposed)
+	m.freeUnattached(devices)
+	return err
+}
+
+// freeUnattached frees the addresses that nothing here has: a crash came
+// between the allocator's record and the journal. Those of Docker's networks
+// are the plugin's to free.
+func (m *Manager) freeUnattached(devices []netdev.Device) {
+	if m.cfg.Alloc == nil {
+		return
+	}
+	attached := map[string][]netip.Prefix{}
+	for _, e := range m.exposures() {
+		attached[HostID] = append(attached[HostID], e.Addr)
+	}
+	m.mu.Lock()
+	for id, r := range m.records {
+		attached[id] = r.Addrs
+	}
+	m.mu.Unlock()
+	for owner, list := range m.cfg.Alloc.Owned() {
+		if owner == ipam.Unknown || strings.HasPrefix(owner, ipam.Anonymous) {
+			continue
+		}
+		if _, known := attached[owner]; !known && slices.ContainsFunc(devices, func(d netdev.Device) bool {
+			_, id, ours := parseAlias(d.Alias)
+			return ours && id == owner // attached, though we do not see where
+		}) {
+			continue
+		}
+		for _, a := range list {
+			if indexAddr(attached[owner], a.Addr()) >= 0 {
+				continue
+			}
+			m.cfg.Log.Info("address freed, it is not attached", "id", owner, "addr", a)
+			m.warn("address not freed", owner, m.cfg.Alloc.Free(owner, a.Addr()))
+		}
+	}
 }
 
 func (m *Manager) warn(what, id string, err error) {

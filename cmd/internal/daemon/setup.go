@@ -229,7 +229,13 @@ func (d *daemon) openIPAM() error {
 		Lease: d.cfg.Lease,
 		Fence: func(until time.Duration) error { return d.router.SetLease(until) },
 		Lost:  func(owner string, addr netip.Prefix) { d.attach.Lose(owner, addr) },
-		Log:   d.log.With("part", "ipam"),
+		Holder: func(addr netip.Addr) (string, bool) {
+			if d.plugin == nil {
+				return "", true
+			}
+			return d.plugin.Holder(addr)
+		},
+		Log: d.log.With("part", "ipam"),
 	})
 	if err != nil {
 		return err

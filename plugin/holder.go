@@ -40,9 +40,9 @@ func (p *Plugin) Holder(addr netip.Addr) (id string, known bool) {
 	return "", false
 }
 
-// findUsers asks the engine, whenever Holder wants to know, whose endpoints are
+// findHolders asks the engine, whenever Holder wants to know, whose endpoints are
 // whose.
-func (p *Plugin) findUsers(ctx context.Context) error {
+func (p *Plugin) findHolders(ctx context.Context) error {
 	for {
 		select {
 		case <-ctx.Done():

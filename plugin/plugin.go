@@ -153,7 +153,7 @@ func (p *Plugin) Run(ctx context.Context) error {
 	})
 	g.Go(func() error { return p.follow(ctx) })
 	g.Go(func() error { return p.moveAll(ctx) })
-	g.Go(func() error { return p.findUsers(ctx) })
+	g.Go(func() error { return p.findHolders(ctx) })
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil

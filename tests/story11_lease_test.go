@@ -2,6 +2,7 @@ package tests
 
 import (
 	"fmt"
+	"maps"
 	"strings"
 	"testing"
 
@@ -43,12 +44,39 @@ func TestLeases(t *testing.T) {
 	if err := says(t, u5, "lease over"); err != nil {
 		t.Error(err)
 	}
+	step(t, "the whole range", func(t *testing.T) { testWholeRange(t, l.Hosts[:3]) })
 	taker := runBare(t, u1, "taker", "ip:"+cs[3].addr.String())
 	step(t, "back", func(t *testing.T) { testBack(t, l, cs, taker) })
 }
 
 func leaseFlags(l *lab.Lab, h *lab.Host) []string {
-	return append([]string{"--no-dns", "--docker-api=", "--ipalloc-range=10.32.0.0/24", "--ipalloc-lease=6s"}, others(l, h)...)
+	return append([]string{"--no-dns", "--docker-api=/run/none.sock", "--ipalloc-range=" + fullSubnet, "--ipalloc-lease=6s"}, others(l, h)...)
+}
+
+// testWholeRange: what the lost hosts had can be handed out to the last address,
+// without a command. One container runs on each of the hosts.
+func testWholeRange(t *testing.T, hosts []*lab.Host) {
+	var hs []*handedOut
+	for _, h := range hosts {
+		hs = append(hs, newHandedOut(h))
+	}
+	for _, h := range hs {
+		for err := error(nil); err == nil; {
+			if _, err = h.request(t.Context(), ""); err != nil && !strings.Contains(err.Error(), "254 of 254 in use") {
+				t.Fatal(err)
+			}
+		}
+	}
+	if n := once(t, hs) + len(hosts); n != 254 {
+		t.Errorf("%d of 254 addresses were handed out", n)
+	}
+	for _, h := range hs {
+		for a := range maps.Clone(h.addrs) {
+			if err := h.release(t.Context(), a); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 }
 
 // testBack: u4, whose container's address has another one by now, and u5, whose

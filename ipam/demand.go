@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"weave.local/ipam/message"
 	"weave.local/ipam/register"
 	"weave.local/ipam/space"
 	"weave.local/peer"
@@ -221,8 +222,8 @@ func (a *Allocator) inTransit(key netip.Prefix) bool {
 func (a *Allocator) ask(now time.Time, key netip.Prefix, s *search) {
 	s.next = now.Add(askAgain << s.tries)
 	s.tries++
-	q := ask{cluster: a.node.State().Cluster, id: s.id, term: s.term, version: s.version, want: key}
-	a.post(s.asked, q.append())
+	q := message.Ask{Cluster: a.node.State().Cluster, ID: s.id, Term: s.term, Version: s.version, Want: key}
+	a.post(s.asked, q.Append())
 }
 
 // giveUp ends a search in which nobody is left to ask: for good when every

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"time"
 
+	"weave.local/ipam/message"
 	"weave.local/ipam/register"
 	"weave.local/ipam/space"
 	"weave.local/peer"
@@ -14,53 +15,53 @@ import (
 
 // serve answers a peer that asks for addresses of ours. What is given is out
 // of our own space, durably, before the register hears of it.
-func (a *Allocator) serve(now time.Time, from peer.Name, q ask) {
+func (a *Allocator) serve(now time.Time, from peer.Name, q message.Ask) {
 	st := a.node.State()
 	if st == nil {
 		return
 	}
-	if q.cluster != st.Cluster {
-		a.foreign(register.Foreign{Peer: from, Cluster: q.cluster, Range: a.cfg.Range})
+	if q.Cluster != st.Cluster {
+		a.foreign(register.Foreign{Peer: from, Cluster: q.Cluster, Range: a.cfg.Range})
 		return
 	}
 	n, ok := a.served[from]
-	if !ok || n.id != q.id {
-		n = answer{cluster: st.Cluster, id: q.id, term: st.Term, version: st.Version}
-		n.code, n.text = a.donate(from, q.want)
-		switch n.code {
-		case answerNone:
-			n.text = strconv.FormatUint(a.usedIn(q.want), 10)
-		case answerHeld:
-			who, known := a.who(n.text, q.want.Addr())
-			if n.text = who; !known {
-				n.code = answerLater
+	if !ok || n.ID != q.ID {
+		n = message.Answer{Cluster: st.Cluster, ID: q.ID, Term: st.Term, Version: st.Version}
+		n.Code, n.Text = a.donate(from, q.Want)
+		switch n.Code {
+		case message.None:
+			n.Text = strconv.FormatUint(a.usedIn(q.Want), 10)
+		case message.Held:
+			who, known := a.who(n.Text, q.Want.Addr())
+			if n.Text = who; !known {
+				n.Code = message.Later
 			}
-		case answerGiven, answerLater:
+		case message.Given, message.Later:
 		}
-		if n.code == answerGiven {
+		if n.Code == message.Given {
 			a.served[from] = n // a doubled question is not to be given to twice
 		}
 	}
-	if q.term != st.Term || q.version < st.Version {
+	if q.Term != st.Term || q.Version < st.Version {
 		a.collect(a.node.Inform(now, from))
 	}
-	a.post(from, n.append())
+	a.post(from, n.Append())
 }
 
 // donate marks a block as given away to a peer, if there is one. Of an address
 // that is held, the text is by whom.
-func (a *Allocator) donate(to peer.Name, want netip.Prefix) (code, string) {
+func (a *Allocator) donate(to peer.Name, want netip.Prefix) (message.Code, string) {
 	sought := space.FromPrefix(want)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.pending.Learned {
-		return answerLater, "" // the register is about to change
+		return message.Later, "" // the register is about to change
 	}
 	transit := false
 	for r, heir := range a.giving {
 		if _, ok := r.Intersect(sought); ok {
 			if heir == to {
-				return answerGiven, ""
+				return message.Given, ""
 			}
 			transit = true
 		}
@@ -77,38 +78,38 @@ func (a *Allocator) donate(to peer.Name, want netip.Prefix) (code, string) {
 		a.giving[block] = to
 		a.writes[giveKey(block)] = encodeGive(to)
 		a.ownLocked()
-		return answerGiven, ""
+		return message.Given, ""
 	case transit:
-		return answerLater, ""
+		return message.Later, ""
 	case want.IsSingleIP() && a.records[want.Addr()] != nil:
-		return answerHeld, a.records[want.Addr()].owner
+		return message.Held, a.records[want.Addr()].owner
 	}
-	return answerNone, ""
+	return message.None, ""
 }
 
 // answered takes what an asked peer says.
-func (a *Allocator) answered(now time.Time, from peer.Name, n answer) {
+func (a *Allocator) answered(now time.Time, from peer.Name, n message.Answer) {
 	st := a.node.State()
-	if st == nil || n.cluster != st.Cluster {
+	if st == nil || n.Cluster != st.Cluster {
 		return
 	}
 	for key, s := range a.searches {
-		if s.asked != from || s.id != n.id {
+		if s.asked != from || s.id != n.ID {
 			continue
 		}
-		same := n.term == st.Term && n.version == st.Version && s.term == st.Term && s.version == st.Version
+		same := n.Term == st.Term && n.Version == st.Version && s.term == st.Term && s.version == st.Version
 		switch {
-		case n.code == answerGiven:
+		case n.Code == message.Given:
 			s.tries, s.next = askTimes, now.Add(givenWait)
-		case n.code == answerHeld:
-			a.taken(now, key, s, from, n.text)
-		case n.code == answerNone && same && !key.IsSingleIP():
-			s.denied[from], _ = strconv.ParseUint(n.text, 10, 64) // older peers say nothing
+		case n.Code == message.Held:
+			a.taken(now, key, s, from, n.Text)
+		case n.Code == message.None && same && !key.IsSingleIP():
+			s.denied[from], _ = strconv.ParseUint(n.Text, 10, 64) // older peers say nothing
 			s.asked, s.next = 0, time.Time{}
 		default:
 			s.asked, s.next = 0, now.Add(laterWait)
 		}
-		if n.term < st.Term || n.term == st.Term && n.version < st.Version {
+		if n.Term < st.Term || n.Term == st.Term && n.Version < st.Version {
 			a.collect(a.node.Inform(now, from))
 		}
 		return
@@ -170,8 +171,8 @@ func (a *Allocator) sendMeet(now time.Time, to peer.Name, s *stranger) {
 		return
 	}
 	s.sent = now
-	m := meeting{st.Cluster, a.cfg.Range, a.empty()}
-	a.post(to, m.append())
+	m := message.Meeting{Cluster: st.Cluster, Range: a.cfg.Range, Empty: a.empty()}
+	a.post(to, m.Append())
 }
 
 // empty says whether nothing would be lost if this peer gave up its cluster.
@@ -197,26 +198,26 @@ func (a *Allocator) emptyLocked() bool {
 // meet decides what comes of two clusters that meet: one that is a single
 // peer without an address in use goes over to the other; of two such the one
 // with the higher id. Else both stay, and the quarrel is reported.
-func (a *Allocator) meet(now time.Time, from peer.Name, m meeting) {
+func (a *Allocator) meet(now time.Time, from peer.Name, m message.Meeting) {
 	st := a.node.State()
-	if m.rng != a.cfg.Range {
-		a.foreign(register.Foreign{Peer: from, Cluster: m.cluster, Range: m.rng})
+	if m.Range != a.cfg.Range {
+		a.foreign(register.Foreign{Peer: from, Cluster: m.Cluster, Range: m.Range})
 		return
 	}
-	if st == nil || m.cluster == st.Cluster {
+	if st == nil || m.Cluster == st.Cluster {
 		return
 	}
 	s := a.stranger(from)
 	mine := a.empty()
 	switch {
-	case mine && (!m.empty || string(st.Cluster[:]) > string(m.cluster[:])):
-		s.into, s.until = m.cluster, now.Add(5*time.Second)
+	case mine && (!m.Empty || string(st.Cluster[:]) > string(m.Cluster[:])):
+		s.into, s.until = m.Cluster, now.Add(5*time.Second)
 		// Asked like this, by one without a cluster, it sends its register.
 		start := register.Message{Kind: register.KindStart, Range: a.cfg.Range, Store: a.self.Store}
-		a.post(from, start.Append([]byte{msgRegister}))
-	case !mine && !m.empty:
+		a.post(from, start.Append([]byte{message.KindRegister}))
+	case !mine && !m.Empty:
 		a.disagree(now, from, fmt.Sprintf("%s belongs to cluster %s and this peer to cluster %s, and both have addresses in use; run weave reset on one side",
-			a.nick(from), m.cluster, st.Cluster))
+			a.nick(from), m.Cluster, st.Cluster))
 	}
 	a.sendMeet(now, from, s)
 }

@@ -10,20 +10,7 @@
 // which it is giving away. A crash may leave an address with nobody for a
 // while, never with two.
 //
-// # Messages
-//
-// The first octet of a message says what it is; all are best effort, may be
-// lost, doubled or late, and do no harm then. Numbers are as in package
-// register.
-//
-//	1 register message, see package register
-//	2 ask     format=1 · cluster[16] · id[8] · term · version · prefix
-//	          for one address (a prefix of full length) or any of a subnet
-//	3 answer  format=1 · cluster[16] · id[8] · term · version · u8 code · n, text
-//	          code 1 given, 2 none free (text: how many are in use),
-//	          3 held (text says by whom), 4 ask later
-//	4 meet    format=1 · cluster[16] · range prefix · u8 (1: only member, nothing
-//	          in use), between peers of two clusters
+// Messages are in package message.
 //
 // # Records
 //
@@ -46,6 +33,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"weave.local/ipam/message"
 	"weave.local/ipam/register"
 	"weave.local/ipam/space"
 	"weave.local/ipam/uptime"
@@ -136,7 +124,7 @@ type Allocator struct {
 	writes    map[string][]byte
 	out       []envelope
 	searches  map[netip.Prefix]*search
-	served    map[peer.Name]answer // the last answer to each asker
+	served    map[peer.Name]message.Answer // the last answer to each asker
 	strange   map[peer.Name]*stranger
 	lastID    uint64
 	lease     register.Lease
@@ -192,7 +180,7 @@ func New(cfg Config) (*Allocator, error) {
 	a := &Allocator{
 		cfg: cfg, inbox: make(chan event, inboxLen), kick: make(chan struct{}, 1),
 		rand: rand.New(rand.NewChaCha8(seed)), writes: map[string][]byte{},
-		searches: map[netip.Prefix]*search{}, served: map[peer.Name]answer{}, strange: map[peer.Name]*stranger{},
+		searches: map[netip.Prefix]*search{}, served: map[peer.Name]message.Answer{}, strange: map[peer.Name]*stranger{},
 		changed: make(chan struct{}), records: map[netip.Addr]*record{}, giving: map[space.Range]peer.Name{},
 		waiters: map[*waiter]bool{}, removing: map[peer.Name]bool{}, tell: map[peer.Name]bool{},
 		conflict: map[peer.Name]conflict{},

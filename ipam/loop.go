@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"weave.local/ipam/message"
 	"weave.local/ipam/register"
 	"weave.local/peer"
 )
@@ -122,7 +123,7 @@ func (a *Allocator) collect(e register.Effects) {
 	a.pending.Dirty = a.pending.Dirty || e.Dirty
 	a.pending.Learned = a.pending.Learned || e.Learned
 	for _, env := range e.Send {
-		a.post(env.To, env.Append([]byte{msgRegister}))
+		a.post(env.To, env.Append([]byte{message.KindRegister}))
 	}
 	for _, name := range e.Told {
 		a.mu.Lock()
@@ -211,24 +212,24 @@ func (a *Allocator) handle(ev event) {
 	}
 	var err error
 	switch body := ev.payload[1:]; ev.payload[0] {
-	case msgRegister:
+	case message.KindRegister:
 		var m *register.Message
 		if m, err = register.ParseMessage(body); err == nil {
 			a.collect(a.node.Receive(now, ev.from, m))
 		}
-	case msgAsk:
-		var q ask
-		if q, err = parseAsk(body); err == nil {
+	case message.KindAsk:
+		var q message.Ask
+		if q, err = message.ParseAsk(body); err == nil {
 			a.serve(now, ev.from, q)
 		}
-	case msgAnswer:
-		var n answer
-		if n, err = parseAnswer(body); err == nil {
+	case message.KindAnswer:
+		var n message.Answer
+		if n, err = message.ParseAnswer(body); err == nil {
 			a.answered(now, ev.from, n)
 		}
-	case msgMeet:
-		var m meeting
-		if m, err = parseMeeting(body); err == nil {
+	case message.KindMeet:
+		var m message.Meeting
+		if m, err = message.ParseMeeting(body); err == nil {
 			a.meet(now, ev.from, m)
 		}
 	}

@@ -246,3 +246,16 @@ func (a *Allocator) why() string {
 	}
 	return text
 }
+
+// nick is how people know a peer.
+func (a *Allocator) nick(name peer.Name) string {
+	if name == a.self.Name && a.cfg.Self.NickName != "" {
+		return a.cfg.Self.NickName
+	}
+	if a.cfg.Nick != nil {
+		if s := a.cfg.Nick(name); s != "" {
+			return s
+		}
+	}
+	return name.String()
+}

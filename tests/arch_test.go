@@ -34,7 +34,7 @@ func floors() [][]string {
 		{"peer", "peer/state", "peer/target", "ipam/space", "router/seal", "router/netdev", "router/firewall", "router/bpf", "router/tap", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/memnet", "tests/setup"},
 		{"router/netdev/netdevtest", "peer/dialer", "peer/handshake", "peer/linkstate"},
 		{"ipam/register", "peer/link", "router/overlay"},
-		{"router/overlay/overlaytest"},
+		{"ipam/message", "router/overlay/overlaytest"},
 		{"peer/gossip", "router/fastdp", "router/sleeve"},
 		{"ipam", "router", "router/userdp"},
 		{"router/attach"},

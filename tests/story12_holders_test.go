@@ -42,7 +42,7 @@ func testHolders(t *testing.T, l *lab.Lab, held *container) {
 			if r.Code == 0 || !strings.Contains(r.Stderr, c.want) {
 				t.Errorf("%s: %s: exit %d, said %q, want %q", h.Name, strings.Join(c.args, " "), r.Code, r.Stderr, c.want)
 			}
-			if c.want == full && !(strings.Contains(r.Stderr, "u1 1") && strings.Contains(r.Stderr, "u2 1")) {
+			if both := strings.Contains(r.Stderr, "u1 1") && strings.Contains(r.Stderr, "u2 1"); c.want == full && !both {
 				t.Errorf("%s: %q does not say who has them", h.Name, r.Stderr)
 			}
 		}

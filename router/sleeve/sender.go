@@ -241,7 +241,7 @@ func (s *sender) flush() error {
 	defer func() { s.msgs, s.used = s.msgs[:0], 0 }()
 	for next := 0; next < len(s.msgs); {
 		k := s.load(next)
-		sent, err := s.sock.send(k)
+		sent, err := s.sock.send(lane(s.msgs[next].to), k)
 		for i := range sent {
 			next = s.took(i)
 		}
@@ -257,12 +257,16 @@ func (s *sender) flush() error {
 	return nil
 }
 
-// load fills the socket's batch with messages from index next on. A message
-// that the kernel shall not cut goes in as its datagrams.
+// load fills the socket's batch with messages from index next on, as far as they
+// go in the same lane. A message that the kernel shall not cut goes in as its
+// datagrams.
 func (s *sender) load(next int) int {
 	k := 0
 	for i := next; i < len(s.msgs) && k < batchLen; i++ {
 		m := &s.msgs[i]
+		if lane(m.to) != lane(s.msgs[next].to) {
+			break
+		}
 		step := m.len
 		if m.to.plain {
 			step = m.seg

@@ -66,6 +66,9 @@
 //
 //	TAP → sender: strip tags, look up next hop, cut to the path's MTU, seal → UDP
 //	UDP → receiver: open, check tree, join segments and fragments, tag → TAP
+//
+// TAP and UDP port are queues side by side, the lanes, that they read in turn:
+// peers share one by their short ids modulo its number.
 package sleeve
 
 import (
@@ -97,8 +100,9 @@ type Config struct {
 }
 
 // MaxBuffers is how many bytes a Path holds at most for frames on their way,
-// besides what waits in the kernel: 4 MiB in each direction at its socket, and
-// 512 frames at its TAP. It does not grow with the number of neighbours.
+// besides what waits in the kernel: for each of 8 lanes 4 MiB in each direction at
+// its socket, and 512 frames at its TAP. It does not grow with the number of
+// neighbours.
 const MaxBuffers = 5 << 19
 
 // Path is the data path. It implements overlay.Overlay.
@@ -129,7 +133,7 @@ func New(cfg Config) (*Path, error) {
 	}
 	from := cfg.Device
 	if from == nil {
-		from, err = tap.Open(cfg.TapName, cfg.Log)
+		from, err = tap.Open(cfg.TapName, lanes, cfg.Log)
 	}
 	var dev *tap.Conn
 	if err == nil {
@@ -238,10 +242,6 @@ func (p *Path) moved(n *neighbour) {
 // Counters returns what happened to frames and datagrams since New, under
 // stable names.
 func (p *Path) Counters() map[string]uint64 { return p.count.snapshot() }
-
-// closed marks the error of a descriptor that the runtime no longer polls: its
-// own word for that is not os.ErrClosed.
-func closed(err error) error { return fmt.Errorf("%w: %w", os.ErrClosed, err) }
 
 func unlessClosed(err error) error {
 	if errors.Is(err, os.ErrClosed) {

@@ -7,10 +7,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"weave.local/router/turns"
 )
 
 const (
@@ -18,8 +19,12 @@ const (
 	ipv4Overhead = 20 + 8
 	ipv6Overhead = 40 + 8
 
-	// socketBuffer is asked for in each direction, in bytes: a burst of 64
-	// super-frames.
+	// lanes is the number of queues in each direction, by the short id of the
+	// neighbour or, at the TAP, of the peer that a frame goes to. They are served
+	// in turn, and each has room of its own in the kernel.
+	lanes = 8
+	// socketBuffer is asked for in each direction and lane, in bytes: a burst of
+	// 64 super-frames.
 	socketBuffer = 4 << 20
 
 	// batchLen is the number of messages in one system call, and of segments
@@ -83,37 +88,35 @@ type batch struct {
 	msgs [batchLen]mmsghdr
 	iov  [batchLen]unix.Iovec
 	ctl  [batchLen]control
-	fn   func(uintptr) bool
+	fn   func(uintptr)
+	lane int
 	used int
 	done int
 	err  unix.Errno
 }
 
-// socket is the UDP socket. send is for one goroutine, receive for another,
-// sendOne for any.
+// socket is the UDP port: a socket for each lane. send is for one goroutine,
+// receive for another, sendOne for any.
 type socket struct {
-	file *os.File
-	conn syscall.RawConn
-	port int
-	ipv4 bool // the socket is of family AF_INET
-	out  batch
-	in   batch
-	bufs [receiveLen][]byte
-	from [receiveLen]sockaddr
+	fds   []int
+	turns *turns.Set
+	port  int
+	ipv4  bool // the sockets are of family AF_INET
+	out   batch
+	in    batch
+	bufs  [receiveLen][]byte
+	from  [receiveLen]sockaddr
 }
 
 // openSocket binds the UDP port on bind, or on all addresses of both families
 // if bind is the zero value.
 func openSocket(bind netip.Addr, port int) (*socket, error) {
 	bind = bind.Unmap()
-	family := unix.AF_INET6
-	if bind.Is4() {
-		family = unix.AF_INET
-	}
-	fd, err := bindSocket(family, bind, port)
-	if family == unix.AF_INET6 && !bind.IsValid() && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
-		family = unix.AF_INET
-		fd, err = bindSocket(family, bind, port) // a host without IPv6
+	s := &socket{port: port, ipv4: bind.Is4()}
+	err := s.bind(bind)
+	if !s.ipv4 && !bind.IsValid() && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
+		s.ipv4 = true
+		err = s.bind(bind) // a host without IPv6
 	}
 	where := "on all addresses"
 	if bind.IsValid() {
@@ -125,27 +128,70 @@ func openSocket(bind netip.Addr, port int) (*socket, error) {
 	case err != nil:
 		return nil, fmt.Errorf("UDP port %d %s for the sleeve: %w", port, where, err)
 	}
-	s := &socket{ipv4: family == unix.AF_INET, port: port}
-	if port == 0 {
-		s.port = boundPort(fd)
-	}
-	s.file = os.NewFile(uintptr(fd), "udp")
-	if s.conn, err = s.file.SyscallConn(); err != nil {
-		return nil, errors.Join(fmt.Errorf("UDP socket of the sleeve: %w", err), s.file.Close())
-	}
-	s.out.fn, s.in.fn = s.trySend, s.tryReceive
+	s.out.fn = s.trySend
 	for i := range s.bufs {
 		s.bufs[i] = make([]byte, receiveBuf)
 	}
 	return s, nil
 }
 
-func bindSocket(family int, bind netip.Addr, port int) (int, error) {
+// bind makes the sockets. On an error there are none.
+func (s *socket) bind(bind netip.Addr) (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.closeAll())
+		}
+	}()
+	family := unix.AF_INET6
+	if s.ipv4 {
+		family = unix.AF_INET
+	}
+	for len(s.fds) < lanes {
+		fd, err := bindSocket(family, bind, s.port, len(s.fds) > 0)
+		if err != nil {
+			return err
+		}
+		s.fds = append(s.fds, fd)
+		// The first is bound before it may share the port: not with another
+		// program that has it, nor with another weave.
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+		if s.port == 0 {
+			s.port = boundPort(fd)
+		}
+	}
+	steer(s.fds[0])
+	s.turns, err = turns.New(s.fds, s.tryReceive)
+	return err
+}
+
+// steer makes the kernel choose the socket by the short id in the datagram,
+// which both versions have in the same place. A kernel that refuses chooses by
+// addresses and ports, which is nearly as good.
+func steer(fd int) {
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_H | unix.BPF_ABS, K: 2},
+		{Code: unix.BPF_ALU | unix.BPF_MOD | unix.BPF_K, K: lanes},
+		{Code: unix.BPF_RET | unix.BPF_A},
+	}
+	_ = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_REUSEPORT_CBPF,
+		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
+}
+
+// lane is the index of the socket for what goes to n.
+func lane(n *neighbour) int { return int(n.id) % lanes }
+
+func bindSocket(family int, bind netip.Addr, port int, share bool) (int, error) {
 	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return -1, err
 	}
-	if err := setUpSocket(fd, family, bind); err != nil {
+	err = setUpSocket(fd, family, bind)
+	if err == nil && share {
+		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
+	}
+	if err != nil {
 		return -1, errors.Join(err, unix.Close(fd))
 	}
 	var sa unix.Sockaddr
@@ -213,7 +259,21 @@ func boundPort(fd int) int {
 	return 0
 }
 
-func (s *socket) close() error { return s.file.Close() }
+func (s *socket) close() error {
+	if err := s.turns.Close(); err != nil {
+		return err
+	}
+	return s.closeAll()
+}
+
+func (s *socket) closeAll() error {
+	var err error
+	for _, fd := range s.fds {
+		err = errors.Join(err, unix.Close(fd))
+	}
+	s.fds = nil
+	return err
+}
 
 // load puts a message of n bytes for the neighbour to into place i of the
 // batch; the kernel cuts it in datagrams of seg bytes when it is larger.
@@ -239,12 +299,13 @@ func (b *batch) load(i int, to *neighbour, data []byte, seg int) {
 	}
 }
 
-// send sends the first n messages of s.out and returns how many the kernel
-// took before one failed. It waits for room.
-func (s *socket) send(n int) (int, error) {
-	s.out.used, s.out.done = n, 0
-	if err := s.conn.Write(s.out.fn); err != nil {
-		return s.out.done, closed(err)
+// send sends the first n messages of s.out by the socket of a lane and returns
+// how many the kernel took before one failed. It waits for nothing: when there is
+// no room (EAGAIN) another lane may have some.
+func (s *socket) send(by, n int) (int, error) {
+	s.out.lane, s.out.used, s.out.done = by, n, 0
+	if err := s.turns.Hold(s.out.fn); err != nil {
+		return s.out.done, err
 	}
 	if s.out.err != 0 {
 		return s.out.done, s.out.err
@@ -252,32 +313,28 @@ func (s *socket) send(n int) (int, error) {
 	return s.out.done, nil
 }
 
-func (s *socket) trySend(fd uintptr) bool {
+func (s *socket) trySend(uintptr) {
 	b := &s.out
 	for b.done < b.used {
-		r, _, e := unix.Syscall6(unix.SYS_SENDMMSG, fd, uintptr(unsafe.Pointer(&b.msgs[b.done])),
+		r, _, e := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(s.fds[b.lane]), uintptr(unsafe.Pointer(&b.msgs[b.done])),
 			uintptr(b.used-b.done), unix.MSG_DONTWAIT, 0, 0)
-		if e == unix.EAGAIN {
-			return false
-		}
 		if e == 0 {
 			b.done += int(r)
 		} else if e != unix.EINTR {
 			b.err = e
-			return true
+			return
 		}
 	}
 	b.err = 0
-	return true
 }
 
 // sendOne sends one datagram without waiting.
 func (s *socket) sendOne(to *neighbour, d []byte) error {
 	var errno unix.Errno
 	at := to.place.Load()
-	err := s.conn.Control(func(fd uintptr) {
+	err := s.turns.Hold(func(uintptr) {
 		for {
-			_, _, errno = unix.Syscall6(unix.SYS_SENDTO, fd, uintptr(unsafe.Pointer(&d[0])), uintptr(len(d)),
+			_, _, errno = unix.Syscall6(unix.SYS_SENDTO, uintptr(s.fds[lane(to)]), uintptr(unsafe.Pointer(&d[0])), uintptr(len(d)),
 				unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(&at.sockaddr.raw[0])), uintptr(at.sockaddr.len))
 			if errno != unix.EINTR {
 				return
@@ -285,7 +342,7 @@ func (s *socket) sendOne(to *neighbour, d []byte) error {
 		}
 	})
 	if err != nil {
-		return closed(err)
+		return err
 	}
 	if errno != 0 {
 		return os.NewSyscallError("sendto", errno)
@@ -295,8 +352,8 @@ func (s *socket) sendOne(to *neighbour, d []byte) error {
 
 // receive waits for messages and returns how many came; message says them.
 func (s *socket) receive() (int, error) {
-	if err := s.conn.Read(s.in.fn); err != nil {
-		return 0, closed(err)
+	if _, err := s.turns.Read(true); err != nil {
+		return 0, err
 	}
 	if s.in.err != 0 {
 		return 0, os.NewSyscallError("recvmmsg", s.in.err)
@@ -304,7 +361,7 @@ func (s *socket) receive() (int, error) {
 	return s.in.done, nil
 }
 
-func (s *socket) tryReceive(fd uintptr) bool {
+func (s *socket) tryReceive(fd int) turns.Outcome {
 	b := &s.in
 	for i := range s.bufs {
 		b.iov[i].Base = unsafe.SliceData(s.bufs[i])
@@ -317,16 +374,16 @@ func (s *socket) tryReceive(fd uintptr) bool {
 		h.SetControllen(int(unsafe.Sizeof(b.ctl[i])))
 	}
 	for {
-		r, _, e := unix.Syscall6(unix.SYS_RECVMMSG, fd, uintptr(unsafe.Pointer(&b.msgs[0])),
+		r, _, e := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])),
 			uintptr(len(s.bufs)), unix.MSG_DONTWAIT, 0, 0)
 		if e == unix.EINTR {
 			continue
 		}
 		if e == unix.EAGAIN {
-			return false
+			return turns.Nothing
 		}
 		b.done, b.err = int(r), e
-		return true
+		return turns.Over
 	}
 }
 

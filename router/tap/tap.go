@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"weave.local/router/frame"
+	"weave.local/router/turns"
 )
 
 // What the TAP may leave to us (TUN_F_*, linux/if_tun.h).
@@ -30,12 +31,18 @@ const (
 )
 
 const (
+	clone = "/dev/net/tun" // what TAP devices are made with
+
 	// tapMTU is the largest the kernel allows a TAP: 64 KiB less an Ethernet
 	// header. Which packets are too large is decided before they get here.
 	tapMTU = 65535 - 14
-	// tapQueue is the number of frames that wait for us in the kernel, each
-	// up to 64 KiB.
+	// tapQueue is the number of frames that wait for us in the kernel in each
+	// queue, each up to 64 KiB.
 	tapQueue = 512
+	// turnLen is how many bytes are read from a queue while others wait, a frame
+	// counting frameCost more than it has: a super-frame, or 60 small ones.
+	turnLen   = 64 << 10
+	frameCost = 1 << 10
 	// MaxParts bounds the pieces of one frame that WriteFrame takes; the kernel
 	// takes 1024.
 	MaxParts = 258
@@ -44,7 +51,20 @@ const (
 // Device is a TAP device, or what behaves like one: it keeps messages whole.
 type Device struct {
 	*os.File
-	USO bool // frames written to it may be UDP super-frames; needs Linux 6.2
+	USO  bool  // frames written to it may be UDP super-frames; needs Linux 6.2
+	more []int // descriptors of the queues besides the file's own
+}
+
+// Close gives the device back.
+func (d *Device) Close() error {
+	err := d.File.Close()
+	if errors.Is(err, os.ErrClosed) {
+		return err
+	}
+	for _, fd := range d.more {
+		err = errors.Join(err, unix.Close(fd))
+	}
+	return err
 }
 
 // Conn is where frames are read and written. Reads are for one goroutine, writes
@@ -52,11 +72,11 @@ type Device struct {
 type Conn struct {
 	dev     *Device
 	conn    syscall.RawConn
-	readFn  func(uintptr) bool
+	queues  *turns.Set
 	readBuf []byte
-	wait    bool
 	readLen int
 	readErr error
+	left    int // of the turn, in bytes
 	writeFn func(uintptr) bool
 	iov     [MaxParts]unix.Iovec
 	parts   int
@@ -66,18 +86,72 @@ type Conn struct {
 // Open makes a TAP device that carries frames with a virtio-net header of 10
 // bytes, super-frames included, and brings it up, in the network namespace of
 // the calling thread. The device vanishes with the file.
-func Open(name string, log *slog.Logger) (*Device, error) {
-	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+//
+// With more queues than one, up to turns.Max, frames are put in them by the peer
+// that the two VLAN tags name as their destination (see steering), each queue is as
+// long as that of a device with one, and a Conn reads them in turn. A kernel that
+// does not let us say which frame goes where makes one queue.
+func Open(name string, queues int, log *slog.Logger) (*Device, error) {
+	fd, err := unix.Open(clone, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("opening /dev/net/tun, which the TAP device %s needs: %w", name, err)
+		return nil, fmt.Errorf("opening %s, which the TAP device %s needs: %w", clone, name, err)
 	}
-	uso, err := setUpTap(fd, name, log)
+	var steering int
+	if queues > 1 {
+		if steering, err = loadSteering(); err != nil {
+			log.Warn("all peers share one queue for what goes to them by sleeve", "device", name, "error", err)
+			queues = 1
+		} else {
+			defer func() { _ = unix.Close(steering) }()
+		}
+	}
+	d := &Device{}
+	d.USO, err = setUpTap(fd, name, queues, log)
+	for i := 1; err == nil && i < queues; i++ {
+		err = d.addQueue(name)
+	}
+	if err == nil && queues > 1 {
+		err = os.NewSyscallError("ioctl TUNSETSTEERINGEBPF", unix.IoctlSetPointerInt(fd, unix.TUNSETSTEERINGEBPF, steering))
+	}
+	if err == nil {
+		err = raiseTap(name)
+	}
+	// The runtime may poll the descriptor, if it is the only one: Conn polls
+	// several. Not before now: without a device it polls as an error.
+	if queues == 1 {
+		err = errors.Join(err, unix.SetNonblock(fd, true))
+	}
+	d.File = os.NewFile(uintptr(fd), clone)
+	if queues > 1 {
+		err = errors.Join(err, unix.SetNonblock(fd, true))
+	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("TAP device %s: %w", name, err), unix.Close(fd))
+		return nil, errors.Join(fmt.Errorf("TAP device %s: %w", name, err), d.Close())
 	}
-	// Only now may the runtime poll the descriptor: before it has a device
-	// it polls as an error.
-	return &Device{os.NewFile(uintptr(fd), "/dev/net/tun"), uso}, nil
+	return d, nil
+}
+
+// addQueue gives the device another queue.
+func (d *Device) addQueue(name string) error {
+	fd, err := unix.Open(clone, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("opening %s: %w", clone, err)
+	}
+	d.more = append(d.more, fd)
+	return attach(fd, name, unix.IFF_MULTI_QUEUE)
+}
+
+// attach makes a descriptor a queue of the device.
+func attach(fd int, name string, flags uint16) error {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return fmt.Errorf("name: %w", err)
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR | flags)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return fmt.Errorf("creating it: %w", err)
+	}
+	return nil
 }
 
 // NewConn serves frames from and to a device.
@@ -87,22 +161,31 @@ func NewConn(dev *Device) (*Conn, error) {
 	if t.conn, err = dev.SyscallConn(); err != nil {
 		return nil, errors.Join(fmt.Errorf("TAP device: %w", err), dev.Close())
 	}
-	t.readFn, t.writeFn = t.tryRead, t.tryWrite
+	var fds []int
+	err = t.conn.Control(func(fd uintptr) { fds = append([]int{int(fd)}, dev.more...) })
+	if err == nil {
+		t.queues, err = turns.New(fds, t.tryRead)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("TAP device: %w", err), dev.Close())
+	}
+	t.left, t.writeFn = turnLen, t.tryWrite
 	return t, nil
 }
 
 // setUpTap says whether frames may be UDP super-frames.
-func setUpTap(fd int, name string, log *slog.Logger) (uso bool, err error) {
-	ifr, err := unix.NewIfreq(name)
-	if err != nil {
-		return false, fmt.Errorf("name: %w", err)
+func setUpTap(fd int, name string, queues int, log *slog.Logger) (uso bool, err error) {
+	// Nobody else's: a device with several queues would else take us for one more.
+	flags := uint16(unix.IFF_TUN_EXCL)
+	if queues > 1 {
+		flags |= unix.IFF_MULTI_QUEUE
 	}
-	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
-	switch err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); {
-	case errors.Is(err, unix.EBUSY):
+	err = attach(fd, name, flags)
+	if errors.Is(err, unix.EBUSY) {
 		return false, errors.New("another process holds a device of that name; is another weave running here?")
-	case err != nil:
-		return false, fmt.Errorf("creating it: %w", err)
+	}
+	if err != nil {
+		return false, err
 	}
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, frame.VirtioNetLen); err != nil {
 		return false, fmt.Errorf("virtio-net header: %w", err)
@@ -118,7 +201,7 @@ func setUpTap(fd int, name string, log *slog.Logger) (uso bool, err error) {
 	if err := os.WriteFile(path, []byte("1"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		log.Warn("IPv6 stays on at the TAP device; what the kernel sends through it by itself is dropped", "device", name, "error", err)
 	}
-	return uso, raiseTap(name)
+	return uso, nil
 }
 
 // raiseTap sets MTU and queue of the device and brings it up.
@@ -152,30 +235,40 @@ func raiseTap(name string) error {
 func (t *Conn) USO() bool { return t.dev.USO }
 
 // Close gives the device back; reads and writes end with os.ErrClosed.
-func (t *Conn) Close() error { return t.dev.Close() }
+func (t *Conn) Close() error {
+	if err := t.queues.Close(); err != nil {
+		return err
+	}
+	return t.dev.Close()
+}
 
 // Read puts the next frame, behind its virtio-net header, into b. When none is
 // there it waits or, without wait, returns 0.
 func (t *Conn) Read(b []byte, wait bool) (int, error) {
-	t.readBuf, t.wait = b, wait
-	if err := t.conn.Read(t.readFn); err != nil {
-		return 0, fmt.Errorf("%w: %w", os.ErrClosed, err)
+	t.readBuf = b
+	found, err := t.queues.Read(wait)
+	if err != nil || !found {
+		return 0, err
 	}
 	return t.readLen, t.readErr
 }
 
-func (t *Conn) tryRead(fd uintptr) bool {
+func (t *Conn) tryRead(fd int) turns.Outcome {
 	for {
-		n, err := unix.Read(int(fd), t.readBuf)
-		if errors.Is(err, unix.EINTR) {
+		n, err := unix.Read(fd, t.readBuf)
+		switch {
+		case errors.Is(err, unix.EINTR):
 			continue
-		}
-		if errors.Is(err, unix.EAGAIN) {
-			t.readLen, t.readErr = 0, nil
-			return !t.wait
+		case errors.Is(err, unix.EAGAIN):
+			t.left = turnLen
+			return turns.Nothing
 		}
 		t.readLen, t.readErr = n, os.NewSyscallError("read", err)
-		return true
+		if t.left -= n + frameCost; t.left > 0 {
+			return turns.More
+		}
+		t.left = turnLen
+		return turns.Over
 	}
 }
 

@@ -80,7 +80,7 @@ func New(cfg Config) (*Switch, error) {
 	if err != nil {
 		return nil, err
 	}
-	dev, err := tap.Open(cfg.TapName, cfg.Log)
+	dev, err := tap.Open(cfg.TapName, 1, cfg.Log)
 	if err != nil {
 		return nil, errors.Join(err, near.Close(), far.Close())
 	}

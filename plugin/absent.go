@@ -5,22 +5,22 @@ import (
 	"errors"
 	"fmt"
 	"os"
+
+	"weave.local/plugin/standin"
 )
 
-// notRunning is in the error that the engine gives while no daemon runs.
-const notRunning = "weave is not running on this host"
-
 // absence is the content of a plugin specification that answers for the driver
-// while its socket is not there. The engine looks for a socket first, then for
+// while its socket is not there, as after a start of the host: then nobody stands
+// in for it either. The engine looks for a socket first, then for
 // such a file with the address of one. Without either, or when nobody answers,
 // it tries again for 15 s, for one container after the other. An address that
 // can't be one (sun_path of unix(7) has 108 bytes) fails at once, and its text is
 // in the reason that the user gets.
-const absence = "unix:///" + notRunning + ": start it with 'weave launch', and the containers that Docker would have started on its networks are started then\n"
+const absence = "unix:///" + standin.Refusal + "\n"
 
 // WriteAbsence writes the plugin specification that makes the engine fail at
-// once, instead of wait, while there is no daemon: after its end, and after a
-// start of the host. It stays until RemoveAbsence.
+// once, instead of wait, while nobody has bound the socket. It stays until
+// RemoveAbsence.
 func WriteAbsence(path string) error {
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, []byte(absence)) {
 		return nil
@@ -34,7 +34,7 @@ func WriteAbsence(path string) error {
 // RemoveAbsence removes what WriteAbsence wrote, and nothing else.
 func RemoveAbsence(path string) error {
 	have, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) || err == nil && !bytes.Contains(have, []byte(notRunning)) {
+	if errors.Is(err, os.ErrNotExist) || err == nil && !bytes.Contains(have, []byte(standin.NotRunning)) {
 		return nil
 	}
 	if err == nil {

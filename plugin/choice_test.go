@@ -2,12 +2,10 @@ package plugin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -149,49 +147,6 @@ func networks(t *testing.T, h *lab.Host, run func(...string) string) {
 	}
 	run("rm", "-f", "m1", "m2")
 	run("network", "rm", "mine")
-}
-
-// gone has the engine start while the plugin is not there. It gives up on
-// containers then; the plugin starts them when it is back.
-func gone(t *testing.T, h *lab.Host, p *helper, path string, run func(...string) string) *helper {
-	t.Helper()
-	run("run", "-d", "--name", "again", "--restart", "always", "--net=weave", "busybox", "sleep", "600")
-	for _, how := range []string{"stopped", "killed"} {
-		if how == "killed" && os.Getenv("TEST_SLOW") == "" {
-			continue // the engine tries a dead socket for 15 s, more than once
-		}
-		if how == "stopped" {
-			_, _ = io.WriteString(p.in, "")
-			_ = p.in.Close()
-			_ = p.cmd.Wait()
-		} else {
-			p.kill(t)
-		}
-		if err := h.StopDocker(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		began := time.Now()
-		if err := h.StartDocker(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		t.Logf("plugin %s: the engine is up after %v", how, time.Since(began).Round(10*time.Millisecond))
-		state := func(name string) string {
-			return run("inspect", "-f", "{{.State.Status}} {{.State.Error}}", name)
-		}
-		t.Logf("plugin %s: %s", how, state("again"))
-		p = startHelper(t, h, path)
-		err := lab.Wait(t.Context(), 30*time.Second, func() error {
-			if s := state("again"); !strings.HasPrefix(s, "running") {
-				return errors.New(s)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Errorf("plugin %s, container with a restart policy: %v", how, err)
-		}
-	}
-	run("rm", "-f", "again")
-	return p
 }
 
 // create makes a container by the API itself.

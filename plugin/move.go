@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 
@@ -22,7 +23,9 @@ const (
 
 // register follows the lives of containers that choose their networks.
 func (p *Plugin) register() {
+	first := sync.OnceFunc(func() { close(p.engine) })
 	p.cfg.Watch.OnConnect(func(_ context.Context, all []docker.Container) {
+		first()
 		for _, c := range all {
 			text, chosen := c.Labels[docker.Choice]
 			if chosen {

@@ -10,6 +10,8 @@
 // engine when they are not known. The engine holds a lock on the container
 // while it waits for the driver, so no call here inspects a container.
 //
+// After its end a process of package standin answers the engine.
+//
 // The plugin also keeps the network "weave" in being, and makes further
 // networks of the driver, one for each subnet, for the API proxy.
 package plugin
@@ -22,6 +24,8 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
+	"os/exec"
 	"sync"
 	"time"
 
@@ -29,6 +33,7 @@ import (
 
 	"weave.local/ipam"
 	"weave.local/peer/state"
+	"weave.local/plugin/standin"
 	"weave.local/proxy/docker"
 	"weave.local/proxy/unixsock"
 	"weave.local/router/attach"
@@ -57,7 +62,10 @@ type Config struct {
 	// instead of always keeping it.
 	OnDemand         bool
 	NoMulticastRoute bool // no container gets a route for multicast
-	Log              *slog.Logger
+	// StandIn is the command that calls standin.Serve: it is run once there is
+	// an engine, to answer it after the end of this process. nil: none is.
+	StandIn func() *exec.Cmd
+	Log     *slog.Logger
 }
 
 // Plugin serves the engine. Its methods may be called from several goroutines.
@@ -66,6 +74,7 @@ type Plugin struct {
 	listener *net.UnixListener
 	wake     chan struct{} // capacity 1: the engine is there (again)
 	look     chan struct{} // capacity 1: holders are to be found out
+	engine   chan struct{} // closed when an engine was there
 	ready    chan struct{} // closed when the first attempt at network "weave" is over
 	making   chan struct{} // capacity 1: held while networks are made
 
@@ -80,25 +89,29 @@ type Plugin struct {
 	looked    time.Time                // when the last one ended
 	optioned  bool                     // containers may have options that choose their network
 
-	patience time.Duration // before what seems left over is removed
-	moves    chan string   // ids of containers that may have to be on other networks
+	standIn  *standin.Process // nil: none yet; of the goroutine that keeps it
+	patience time.Duration    // before what seems left over is removed
+	moves    chan string      // ids of containers that may have to be on other networks
 }
 
-// New binds the socket, in place of one that was left behind. Run serves it;
-// without Run, Close removes it.
+// New binds the socket, in place of one that was left behind or that a stand-in
+// serves. Run serves it, and Close leaves it to a stand-in or removes it.
 func New(cfg Config) (*Plugin, error) {
 	if cfg.Socket == "" || cfg.Attach == nil || cfg.Docker == nil || cfg.Watch == nil || cfg.Store == nil || cfg.Log == nil {
 		return nil, errors.New("plugin: incomplete configuration")
 	}
+	stoodIn := standin.End(cfg.Socket)
 	l, err := unixsock.Listen(cfg.Socket)
 	if err != nil {
 		return nil, fmt.Errorf("plugin: %w", err)
 	}
+	l.SetUnlinkOnClose(false)
 	p := &Plugin{
 		cfg:       cfg,
 		listener:  l,
 		wake:      make(chan struct{}, 1),
 		look:      make(chan struct{}, 1),
+		engine:    make(chan struct{}),
 		ready:     make(chan struct{}),
 		making:    make(chan struct{}, 1),
 		networks:  make(map[string]traits),
@@ -110,15 +123,66 @@ func New(cfg Config) (*Plugin, error) {
 		moves:     make(chan string, maxMoves),
 	}
 	p.register()
+	if stoodIn { // one is needed even if this daemon does not come to serve
+		p.startStandIn()
+	}
 	return p, nil
 }
 
-// Close removes the socket.
+// Close leaves the socket to the stand-in, or removes it where there is none. To
+// be called when Run is over.
 func (p *Plugin) Close() error {
-	if err := p.listener.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+	err := p.listener.Close()
+	if errors.Is(err, net.ErrClosed) {
+		err = nil
+	}
+	if p.standIn != nil && p.standIn.Release() {
 		return err
 	}
-	return nil
+	return errors.Join(err, os.Remove(p.cfg.Socket))
+}
+
+// standInRetry is the wait before another stand-in is started.
+const standInRetry = time.Second
+
+func (p *Plugin) startStandIn() {
+	if p.cfg.StandIn == nil {
+		return
+	}
+	var err error
+	if p.standIn, err = standin.Start(p.cfg.StandIn(), p.listener); err != nil {
+		p.cfg.Log.Warn("plugin: Docker will wait for the driver when weave ends", "err", err)
+	}
+}
+
+// keepStandIn has a stand-in at hand until ctx ends, from when there is an engine
+// that would have to wait without.
+func (p *Plugin) keepStandIn(ctx context.Context) error {
+	if p.cfg.StandIn == nil {
+		return nil
+	}
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-p.engine:
+	}
+	for {
+		if p.standIn == nil {
+			p.startStandIn()
+		}
+		if p.standIn != nil {
+			if p.standIn.Wait(ctx) != nil {
+				return nil
+			}
+			p.standIn = nil
+			p.cfg.Log.Warn("plugin: the stand-in ended; another is started")
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(standInRetry):
+		}
+	}
 }
 
 // Ready is closed once the first attempt to make network "weave" is over:
@@ -126,8 +190,7 @@ func (p *Plugin) Close() error {
 func (p *Plugin) Ready() <-chan struct{} { return p.ready }
 
 // Run serves the engine until ctx ends, and keeps network "weave" and the
-// record of addresses in line with the engine's. The socket is gone when it
-// returns.
+// record of addresses in line with the engine's.
 func (p *Plugin) Run(ctx context.Context) error {
 	server := &http.Server{
 		Handler:           p.routes(),
@@ -154,6 +217,7 @@ func (p *Plugin) Run(ctx context.Context) error {
 	g.Go(func() error { return p.follow(ctx) })
 	g.Go(func() error { return p.moveAll(ctx) })
 	g.Go(func() error { return p.findHolders(ctx) })
+	g.Go(func() error { return p.keepStandIn(ctx) })
 	err := g.Wait()
 	if errors.Is(err, context.Canceled) {
 		return nil

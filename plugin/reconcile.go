@@ -21,6 +21,9 @@ const (
 	retryNetwork = 2 * time.Second // first wait after network "weave" could not be made
 	maxRetry     = time.Minute
 	lookSometime = 10 * time.Minute
+	// lookAgain follows the first look: the engine may have been refused right
+	// before, and gives up on the container only now.
+	lookAgain = 5 * time.Second
 )
 
 // follow keeps network "weave" in being and frees what the engine has lost,
@@ -49,6 +52,9 @@ func (p *Plugin) follow(ctx context.Context) error {
 			retry, wait = 0, lookSometime
 			if p.suspicious() {
 				wait = p.patience + time.Second
+			}
+			if first {
+				wait = min(wait, lookAgain)
 			}
 		}
 		select {

@@ -6,6 +6,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"weave.local/plugin/standin"
 	"weave.local/proxy/docker"
 )
 
@@ -63,7 +64,7 @@ func givenUp(policy, failure string) bool {
 	}
 	for _, s := range []string{
 		"/plugins/" + docker.Driver + ".sock", // nobody answers
-		notRunning,
+		standin.NotRunning,
 		`plugin "` + docker.Driver + `" not found`,
 		"plugin " + docker.Driver + " not found",
 		"NetworkDriver.", "IpamDriver.", // an answer of ours

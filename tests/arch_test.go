@@ -31,7 +31,7 @@ const (
 func floors() [][]string {
 	return [][]string{
 		{"ipam/uptime", "router/frame", "router/turns"},
-		{"peer", "peer/state", "peer/target", "ipam/space", "router/seal", "router/netdev", "router/firewall", "router/bpf", "router/tap", "proxy/docker", "proxy/unixsock", "tests/lab", "tests/memnet", "tests/setup"},
+		{"peer", "peer/state", "peer/target", "ipam/space", "router/seal", "router/netdev", "router/firewall", "router/bpf", "router/tap", "proxy/docker", "proxy/unixsock", "plugin/standin", "tests/lab", "tests/memnet", "tests/setup"},
 		{"router/netdev/netdevtest", "peer/dialer", "peer/handshake", "peer/linkstate"},
 		{"ipam/register", "peer/link", "router/overlay"},
 		{"ipam/message", "router/overlay/overlaytest"},

@@ -2,7 +2,9 @@ package tests
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -184,10 +186,15 @@ func testStopped(t *testing.T, l *lab.Lab, cs []*container) {
 	weave(t, u2, "stop")
 	holds(t, flows, begin, 5*time.Second, smooth)
 	refused(t, u2, 1, []string{"not running"}, "weave", "status")
-	for _, file := range []string{"/run/weave/control.sock", "/run/weave/weave.sock", "/run/docker/plugins/weave.sock"} {
+	for _, file := range []string{"/run/weave/control.sock", "/run/weave/weave.sock"} {
 		if u2.Run(t.Context(), "test", "-e", file).Code == 0 {
 			t.Errorf("%s stays after stop", file)
 		}
+	}
+	asked := time.Now()
+	r := u2.Docker(t.Context(), "run", "--rm", "--net=weave", "busybox", "true")
+	if took := time.Since(asked); r.Code == 0 || !strings.Contains(r.Stderr, "weave is not running on this host: start it") || took > 10*time.Second {
+		t.Errorf("a container while weave is stopped: exit %d after %s, %s", r.Code, took, r.Stderr)
 	}
 	if r := u2.Run(t.Context(), "weave", "stop"); r.Code != 0 || !strings.Contains(r.Stderr, "not running") {
 		t.Errorf("stop once more: exit %d, said %q", r.Code, r.Stderr)
@@ -234,5 +241,86 @@ func testTargets(t *testing.T, l *lab.Lab) {
 	targets("u2", "u3")
 	restart()
 	targets("u2", "u3")
+	established(t, l, patience)
+}
+
+// lives checks that a container runs that has been started n times at least,
+// that each of its first processes found its address, and that it reaches
+// another and is reached.
+func lives(t *testing.T, h *lab.Host, name string, n int, other *container) {
+	t.Helper()
+	within(t, time.Minute, name, func() error {
+		said := must(t, h, "docker", "logs", name)
+		if starts := strings.Count(said, ": lo "); starts < n || strings.Count(said, ": ethwe0 ") != starts {
+			return fmt.Errorf("want %d starts with an address each:\n%s", n, said)
+		}
+		addr, err := netip.ParseAddr(must(t, h, "docker", "inspect", "-f", "{{.NetworkSettings.Networks.weave.IPAddress}}", name))
+		if err != nil {
+			return fmt.Errorf("no address: %w", err)
+		}
+		c := &container{Host: h, name: name}
+		if err := c.reaches(t.Context(), other.addr.Addr(), 56); err != nil {
+			return err
+		}
+		return other.reaches(t.Context(), addr, 56)
+	})
+}
+
+// testRestarts: whatever starts again, and in whatever order, a container with a
+// restart policy runs again without a command, and its first process finds the
+// address.
+func testRestarts(t *testing.T, l *lab.Lab, cs []*container) {
+	u1, other := l.Host("u1"), cs[1]
+	must(t, u1, "docker", "run", "-d", "--name", "ever", "--restart", "always", "--net=weave", "busybox", "sh", "-c", "ip -4 -o addr; exec sleep 3600")
+	lives(t, u1, "ever", 1, other)
+	must(t, u1, "docker", "restart", "-t", "0", "ever")
+	lives(t, u1, "ever", 2, other)
+	pid, err := u1.ContainerPID(t.Context(), "ever")
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, u1, "kill", "-9", strconv.Itoa(pid))
+	lives(t, u1, "ever", 3, other)
+
+	// The daemon goes and comes while the container starts. That may fail, in
+	// the client's hands.
+	for i := range 2 {
+		must(t, u1, "sh", "-c", "docker restart -t 0 ever >/dev/null 2>&1 & weave stop >/dev/null 2>&1; weave launch >/dev/null; wait")
+		lives(t, u1, "ever", 4+i, other)
+	}
+
+	reboot := func() {
+		t.Helper()
+		if err := u1.Reboot(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	docker := func() {
+		t.Helper()
+		if err := u1.StartDocker(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reboot()
+	begin := time.Now()
+	docker()
+	t.Logf("Docker first: it is there after %s", time.Since(begin).Round(time.Millisecond))
+	if said := must(t, u1, "docker", "inspect", "-f", "{{.State.Status}}: {{.State.Error}}", "ever"); !strings.Contains(said, "weave is not running on this host") {
+		t.Errorf("Docker first: the container is %s", said)
+	}
+	launch(t, u1)
+	lives(t, u1, "ever", 6, other)
+
+	reboot()
+	launch(t, u1)
+	docker()
+	lives(t, u1, "ever", 7, other)
+	// Nothing is kept of what ended with the host.
+	within(t, 2*time.Minute, "leftovers", func() error {
+		if ps := weave(t, u1, "ps"); strings.Count(ps, "\n") != 1 {
+			return fmt.Errorf("want the host and one container:\n%s", ps)
+		}
+		return nil
+	})
 	established(t, l, patience)
 }

@@ -57,5 +57,6 @@ func TestTroubles(t *testing.T) {
 	step(t, "cut underlay", func(t *testing.T) { testCut(t, l, cs) })
 	step(t, "killed daemon", func(t *testing.T) { testKilled(t, l, cs) })
 	step(t, "stopped daemon", func(t *testing.T) { testStopped(t, l, cs) })
+	step(t, "restarts", func(t *testing.T) { testRestarts(t, l, cs) })
 	step(t, "targets", func(t *testing.T) { testTargets(t, l) })
 }

@@ -33,6 +33,9 @@ type Host struct {
 	blocks []string // nft rules that drop traffic to this host
 }
 
+// keptEtc is, in a host's folder, what was changed in /etc before a reboot.
+const keptEtc = "etc.kept"
+
 // initScript makes the private parts of a host's file system and then becomes
 // its process 1, an init that buries what daemons leave.
 const initScript = `
@@ -56,6 +59,7 @@ mkdir /run/lock
 mount --bind "$dir/lib" /var/lib
 mount -t tmpfs -o mode=755 tmpfs "$dir/etc"
 mkdir "$dir/etc/upper" "$dir/etc/work"
+cp -a "$dir/etc.kept/." "$dir/etc/upper"
 mount -t overlay overlay -o "lowerdir=/etc,upperdir=$dir/etc/upper,workdir=$dir/etc/work" /etc
 rm -f /etc/hosts /etc/resolv.conf /etc/hostname
 cp "$dir/hosts" /etc/hosts
@@ -72,34 +76,40 @@ func (l *Lab) newHost(ctx context.Context, name string, addr netip.Addr) (*Host,
 	if err := h.writeFiles(); err != nil {
 		return nil, err
 	}
+	return h, h.boot(ctx)
+}
+
+// boot starts the host's process 1.
+func (h *Host) boot(ctx context.Context) error {
 	log, err := os.Create(filepath.Join(h.dir, "init.log"))
 	if err != nil {
-		return nil, fmt.Errorf("log: %w", err)
+		return fmt.Errorf("log: %w", err)
 	}
 	defer func() { _ = log.Close() }()
 	r, w, err := os.Pipe()
 	if err != nil {
-		return nil, fmt.Errorf("pipe: %w", err)
+		return fmt.Errorf("pipe: %w", err)
 	}
 	defer func() { _ = r.Close() }()
-	cmd := exec.Command("/bin/sh", "-c", initScript, "init", h.dir, name)
+	cmd := exec.Command("/bin/sh", "-c", initScript, "init", h.dir, h.Name)
 	cmd.Stdout, cmd.Stderr, cmd.ExtraFiles, cmd.Env = log, log, []*os.File{w}, environment()
-	h.init, err = l.start(cmd, unix.CLONE_NEWNET|unix.CLONE_NEWNS|unix.CLONE_NEWPID|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC)
+	init, err := h.lab.start(cmd, unix.CLONE_NEWNET|unix.CLONE_NEWNS|unix.CLONE_NEWPID|unix.CLONE_NEWUTS|unix.CLONE_NEWIPC)
 	_ = w.Close()
 	if err != nil {
-		return nil, err
+		return err
 	}
+	h.init = init
 	stop := context.AfterFunc(ctx, h.init.kill)
 	defer stop()
 	if err := r.SetReadDeadline(time.Now().Add(readyTimeout)); err != nil {
-		return nil, fmt.Errorf("pipe: %w", err)
+		return fmt.Errorf("pipe: %w", err)
 	}
 	if n, err := r.Read(make([]byte, 8)); n == 0 {
 		h.init.kill()
 		said, _ := os.ReadFile(log.Name())
-		return nil, fmt.Errorf("not ready: %w: %s", err, said)
+		return fmt.Errorf("not ready: %w: %s", err, said)
 	}
-	return h, Wait(ctx, readyTimeout, func() error {
+	return Wait(ctx, readyTimeout, func() error {
 		ps, err := h.processes()
 		if err == nil && !slices.Equal(ps, []string{"tini-static", "sleep"}) {
 			err = fmt.Errorf("processes %v", ps)
@@ -121,8 +131,10 @@ func (h *Host) settle(ctx context.Context) error {
 }
 
 func (h *Host) writeFiles() error {
-	if err := os.Mkdir(h.dir, 0o755); err != nil {
-		return fmt.Errorf("folder: %w", err)
+	for _, dir := range []string{h.dir, filepath.Join(h.dir, keptEtc)} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return fmt.Errorf("folder: %w", err)
+		}
 	}
 	hosts := &strings.Builder{}
 	fmt.Fprintln(hosts, "127.0.0.1 localhost")
@@ -141,6 +153,22 @@ func (h *Host) writeFiles() error {
 
 // Crash ends the host at once, as a power cut does.
 func (h *Host) Crash() { h.init.kill() }
+
+// Reboot crashes the host and starts it again, as a power cut of a moment does:
+// what is in /etc and /var/lib is there, and nothing runs.
+func (h *Host) Reboot(ctx context.Context) error {
+	if err := h.Run(ctx, "cp", "-a", "--remove-destination", filepath.Join(h.dir, "etc/upper")+"/.", filepath.Join(h.dir, keptEtc)).Err(); err != nil {
+		return fmt.Errorf("keep /etc: %w", err)
+	}
+	h.Crash()
+	if err := h.boot(ctx); err != nil {
+		return fmt.Errorf("boot: %w", err)
+	}
+	if err := h.lab.plug(ctx, h); err != nil {
+		return err
+	}
+	return h.settle(ctx)
+}
 
 // Do runs f on a thread that is in all namespaces of the host. What f opens
 // stays usable elsewhere; processes that it starts run on the host.

@@ -10,6 +10,7 @@ import (
 
 	"weave.local/peer/state"
 	"weave.local/plugin"
+	"weave.local/plugin/standin"
 	"weave.local/router/attach"
 	"weave.local/router/fastdp"
 	"weave.local/router/firewall"
@@ -75,7 +76,7 @@ func (d *daemon) cleanAttachments(ctx context.Context, db *state.DB) error {
 // cleanFiles removes the files that are ours, and the folders that were made
 // for them if nothing else is in them.
 func (d *daemon) cleanFiles(made []string) error {
-	errs := []error{plugin.RemoveAbsence(pluginSpec)}
+	errs := []error{plugin.RemoveAbsence(pluginSpec), standin.Clear(DefaultPluginSocket)}
 	ours := []string{
 		d.cfg.run(ControlSocket), d.cfg.run(proxySocket), d.cfg.run(lockFile),
 		d.cfg.data(logFile), d.cfg.data(logFile + ".old"),

@@ -31,6 +31,8 @@ const (
 	DefaultPluginSocket = "/run/docker/plugins/weave.sock"
 	// pluginSpec answers Docker while that socket is not there.
 	pluginSpec = "/etc/docker/plugins/weave.spec"
+	// StandInCommand is the command line's word for standin.Serve.
+	StandInCommand = "stand-in"
 )
 
 // DefaultLease is how long a host may be without the others before it gives up

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -354,10 +355,14 @@ func (d *daemon) openDocker(context.Context) error {
 	if err := saveFolders(d.store, d.made); err != nil {
 		return err
 	}
-	d.plugin, err = plugin.New(plugin.Config{
+	cfg := plugin.Config{
 		Socket: d.cfg.PluginSocket, Attach: d.attach, Alloc: d.alloc, Docker: d.docker, Watch: d.watcher,
 		Store: d.store.Bucket("plugin"), NoMulticastRoute: d.cfg.NoMulticastRoute, Log: d.log.With("part", "plugin"),
-	})
+	}
+	if d.cfg.PluginSocket == DefaultPluginSocket { // the one that a reset knows
+		cfg.StandIn = standIn
+	}
+	d.plugin, err = plugin.New(cfg)
 	if err != nil {
 		return err
 	}
@@ -399,6 +404,17 @@ func (d *daemon) writeAbsence() {
 	}
 	if err != nil {
 		d.log.Warn("Docker will wait for containers of ours while weave is stopped", "err", err)
+	}
+}
+
+// standIn is this program as what answers Docker while weave is stopped. Nothing
+// in our environment is for it, the password least of all.
+func standIn() *exec.Cmd {
+	return &exec.Cmd{
+		Path: "/proc/self/exe", // good even when the file was replaced since
+		Args: []string{"weave-stand-in", StandInCommand},
+		Env:  []string{"GOMAXPROCS=1"},
+		Dir:  "/",
 	}
 }
 

@@ -1,0 +1,250 @@
+// Package standin answers the engine's calls to the network driver while no
+// daemon does.
+//
+// The engine repeats a call that nobody answers for 15 s, one call after the
+// other; only an answer, be it a refusal, ends that at once. So a small process
+// of its own, the stand-in, holds the driver's socket too. While the daemon lives
+// it does nothing: it waits on a socket pair whose other end the daemon has. When
+// that end is closed, by the daemon or, however the daemon ended, by the kernel,
+// it refuses every call with one sentence. The next daemon ends it.
+package standin
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"runtime/debug"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// NotRunning is in every error that the engine gets while no daemon runs.
+const NotRunning = "weave is not running on this host"
+
+// Refusal is the whole sentence.
+const Refusal = NotRunning + ": start it with 'weave launch', and the containers that Docker would have started on its networks are started then"
+
+const (
+	// pairFD is the stand-in's end of the socket pair.
+	pairFD = 3
+	// endPath asks a stand-in to end.
+	endPath = "/StandIn.End"
+	// limit bounds one exchange with the other side.
+	limit = 2 * time.Second
+	// heapPercent keeps the little heap of the stand-in small
+	// (runtime/debug.SetGCPercent).
+	heapPercent = 10
+)
+
+// Process is a stand-in, seen by the daemon that started it. Its methods are for
+// one goroutine at a time.
+type Process struct {
+	cmd  *exec.Cmd
+	pair *net.UnixConn
+}
+
+// Start starts cmd, which has to call Serve, as the stand-in on a socket.
+func Start(cmd *exec.Cmd, socket *net.UnixListener) (*Process, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("stand-in: socket pair: %w", err)
+	}
+	ours, theirs := os.NewFile(uintptr(fds[0]), "stand-in"), os.NewFile(uintptr(fds[1]), "daemon")
+	pair, err := net.FileConn(ours)
+	_ = ours.Close()
+	if err == nil {
+		cmd.ExtraFiles = []*os.File{theirs}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // what is typed at the daemon is not for it
+		err = cmd.Start()
+	}
+	_ = theirs.Close()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("stand-in: %w", err), closeConn(pair))
+	}
+	p := &Process{cmd: cmd, pair: pair.(*net.UnixConn)}
+	if err := p.pass(socket); err != nil {
+		_ = p.pair.Close()
+		return nil, errors.Join(fmt.Errorf("stand-in: pass the socket: %w", err), cmd.Process.Kill(), cmd.Wait())
+	}
+	return p, nil
+}
+
+func closeConn(c net.Conn) error {
+	if c == nil {
+		return nil
+	}
+	return c.Close()
+}
+
+// pass sends the socket (unix(7), SCM_RIGHTS). As a file of exec.Cmd it would
+// become a blocking one, here too.
+func (p *Process) pass(socket *net.UnixListener) error {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Control(func(fd uintptr) {
+		_, _, sent = p.pair.WriteMsgUnix([]byte{0}, unix.UnixRights(int(fd)), nil)
+	})
+	return errors.Join(err, sent)
+}
+
+// Wait returns nil when the stand-in has ended, or ctx's error when that ends
+// first.
+func (p *Process) Wait(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = p.pair.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	_, err := p.pair.Read(make([]byte, 1)) // it never sends: this ends with it
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		return context.Cause(ctx)
+	}
+	_ = p.cmd.Wait()
+	return nil
+}
+
+// Release leaves the socket to the stand-in, unless that has ended, which it
+// says.
+func (p *Process) Release() (there bool) {
+	_ = p.pair.SetReadDeadline(time.Now().Add(time.Millisecond))
+	_, err := p.pair.Read(make([]byte, 1))
+	_ = p.pair.Close()
+	return errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// Serve is the stand-in, in the process that Start started. It returns when ctx
+// ends, and then removes the socket if it served it, or when End asks for that.
+func Serve(ctx context.Context) error {
+	debug.SetGCPercent(heapPercent)
+	pair, socket, err := receive()
+	if err != nil {
+		return fmt.Errorf("this is for the daemon, which starts it: %w", err)
+	}
+	defer func() { _ = pair.Close() }()
+	// The name that ps shows. Without it the stand-in is not worse.
+	_ = os.WriteFile("/proc/self/comm", []byte("weave-stand-in"), 0)
+	stop := context.AfterFunc(ctx, func() { _ = pair.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	debug.FreeOSMemory()
+	if _, err := pair.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+		return nil
+	}
+	return refuse(ctx, socket)
+}
+
+// receive gets what Start gives.
+func receive() (*net.UnixConn, net.Listener, error) {
+	f := os.NewFile(pairFD, "daemon")
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, nil, err
+	}
+	_ = f.Close()
+	pair, ok := c.(*net.UnixConn)
+	if !ok {
+		return nil, nil, fmt.Errorf("file descriptor %d is no unix socket", pairFD)
+	}
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := pair.ReadMsgUnix(make([]byte, 1), oob)
+	if err != nil {
+		return nil, nil, err
+	}
+	messages, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(messages) != 1 {
+		return nil, nil, fmt.Errorf("%d messages instead of a socket: %w", len(messages), err)
+	}
+	fds, err := unix.ParseUnixRights(&messages[0])
+	if err != nil || len(fds) != 1 {
+		return nil, nil, fmt.Errorf("%d sockets instead of one: %w", len(fds), err)
+	}
+	s := os.NewFile(uintptr(fds[0]), "socket")
+	defer func() { _ = s.Close() }()
+	l, err := net.FileListener(s)
+	return pair, l, err
+}
+
+// refuse answers all calls until ctx ends or End asks for it.
+func refuse(ctx context.Context, socket net.Listener) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	answer, err := json.Marshal(map[string]string{"Err": Refusal})
+	if err != nil {
+		return err
+	}
+	server := &http.Server{ReadHeaderTimeout: limit, ReadTimeout: limit, WriteTimeout: limit}
+	// A connection that is kept would still lead here when the daemon is back.
+	server.SetKeepAlivesEnabled(false)
+	server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == endPath {
+			w.WriteHeader(http.StatusNoContent)
+			cancel(errEnded)
+			return
+		}
+		w.Header().Set("Content-Type", "application/vnd.docker.plugins.v1.1+json")
+		w.WriteHeader(http.StatusInternalServerError)
+		_, _ = w.Write(answer)
+	})
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		if !errors.Is(context.Cause(ctx), errEnded) {
+			_ = os.Remove(socket.Addr().String())
+		}
+		limited, done := context.WithTimeout(context.WithoutCancel(ctx), limit)
+		defer done()
+		_ = server.Shutdown(limited)
+	})
+	if err := server.Serve(socket); !errors.Is(err, http.ErrServerClosed) {
+		stop()
+		return err
+	}
+	<-stopped
+	return nil
+}
+
+var errEnded = errors.New("ended by the next daemon")
+
+// End ends the stand-in that serves a socket, and says whether there was one.
+// The socket's file stays.
+func End(path string) bool {
+	c, err := net.DialTimeout("unix", path, limit)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = c.Close() }()
+	if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
+		return false
+	}
+	if _, err := fmt.Fprintf(c, "POST %s HTTP/1.0\r\n\r\n", endPath); err != nil {
+		return false
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		return false
+	}
+	_, _ = io.Copy(io.Discard, resp.Body)
+	return resp.Body.Close() == nil && resp.StatusCode == http.StatusNoContent
+}
+
+// Clear ends the stand-in on a socket and removes the file, also one that a
+// killed process left. A socket that another program serves is left alone.
+func Clear(path string) error {
+	if !End(path) {
+		if c, err := net.DialTimeout("unix", path, limit); err == nil {
+			return c.Close()
+		}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}

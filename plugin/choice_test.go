@@ -147,6 +147,12 @@ func networks(t *testing.T, h *lab.Host, run func(...string) string) {
 	}
 	run("rm", "-f", "m1", "m2")
 	run("network", "rm", "mine")
+	run("network", "create", "-d", "bridge", "--ipam-driver", "weave", "--subnet", "10.46.0.0/24", "half")
+	r := h.Docker(t.Context(), "run", "--rm", "--net=half", "busybox", "true")
+	if r.Code == 0 || !strings.Contains(r.Stderr, "network half has driver bridge") {
+		t.Errorf("a network of another driver with our addresses: exit %d, %s", r.Code, r.Stderr)
+	}
+	run("network", "rm", "half")
 }
 
 // create makes a container by the API itself.

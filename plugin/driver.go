@@ -67,6 +67,11 @@ func (p *Plugin) createNetwork(_ context.Context, q networkRequest) (empty, erro
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.networks[q.NetworkID] = t
+	for _, d := range q.IPv4Data {
+		if subnet, err := netip.ParsePrefix(d.Pool); err == nil {
+			p.subnets[subnet] = true
+		}
+	}
 	return empty{}, nil
 }
 

@@ -60,7 +60,7 @@ func TestMain(m *testing.M) {
 }
 
 // serve runs a plugin on real parts, with a bridge and no peers. It says when
-// it is ready and obeys words on in: owned, goroutines, release, remove.
+// it is ready and obeys words on in: owned, goroutines, reconcile, release, remove.
 func serve(ctx context.Context, path string, in io.Reader, out io.Writer) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -86,6 +86,8 @@ func serve(ctx context.Context, path string, in io.Reader, out io.Writer) error 
 			fmt.Fprintln(out, runtime.NumGoroutine())
 		case "owned":
 			fmt.Fprintln(out, p.cfg.Alloc.Owned())
+		case "reconcile":
+			fmt.Fprintln(out, p.Reconcile(ctx))
 		case "release":
 			fmt.Fprintln(out, fmt.Sprint(p.ReleaseNetworks(ctx)))
 		case "remove":
@@ -247,6 +249,8 @@ func TestEngine(t *testing.T) {
 
 	t.Run("choices", func(t *testing.T) { choices(t, h, p, run) })
 	t.Run("networks", func(t *testing.T) { networks(t, h, run) })
+	restart := func() *helper { return startHelper(t, h, path) }
+	t.Run("calls", func(t *testing.T) { p = calls(t, h, p, restart) })
 
 	// The plugin dies and comes back; the engine repeats nothing.
 	run("run", "-d", "--name", "stays", "--network", "name=weave,ip=10.32.0.77", "busybox", "sleep", "600")

@@ -14,9 +14,12 @@ import (
 )
 
 // startEnv is how many networks and containers TestEngineStart has, such as
-// 50/20, and makes it also try a socket that nobody serves, for which the engine
-// waits 15 s with each call.
-const startEnv = "TEST_ENGINE_START"
+// 50/20. slowEnv makes it also try a socket that nobody serves, for which the
+// engine waits 15 s with each call.
+const (
+	startEnv = "TEST_ENGINE_START"
+	slowEnv  = "TEST_SLOW"
+)
 
 // away is a test of an engine without a driver.
 type away struct {
@@ -32,9 +35,8 @@ type away struct {
 // their first process had its address.
 func TestEngineStart(t *testing.T) {
 	networks, containers := 10, 5
-	slow := os.Getenv(startEnv)
-	if slow != "" {
-		if _, err := fmt.Sscanf(slow, "%d/%d", &networks, &containers); err != nil {
+	if s := os.Getenv(startEnv); s != "" {
+		if _, err := fmt.Sscanf(s, "%d/%d", &networks, &containers); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -64,7 +66,7 @@ func TestEngineStart(t *testing.T) {
 		{"not started yet", func() { p.end(t); a.endStandIn(t, "-TERM") }, true, false},
 		{"killed with its stand-in", func() { p.kill(t); a.endStandIn(t, "-KILL") }, false, true},
 	} {
-		if c.slow && slow == "" {
+		if c.slow && os.Getenv(slowEnv) == "" {
 			continue
 		}
 		c.begin()
@@ -97,7 +99,7 @@ func TestEngineStart(t *testing.T) {
 
 func (a *away) fill(network string) {
 	for i := range a.containers {
-		a.run("run", "-d", "--name", fmt.Sprintf("c%d", i), "--restart", "always", "--net", network, "busybox", "sh", "-c", "ip -4 -o addr; exec sleep 6000")
+		a.run("run", "-d", "--name", fmt.Sprintf("c%d", i), "--restart", "always", "--stop-signal", "KILL", "--net", network, "busybox", "sh", "-c", "ip -4 -o addr; exec sleep 6000")
 	}
 }
 

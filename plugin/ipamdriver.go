@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"weave.local/ipam"
+	"weave.local/proxy/docker"
 	"weave.local/router/attach"
 	"weave.local/router/netdev"
 )
@@ -113,6 +114,9 @@ func (p *Plugin) requestAddress(ctx context.Context, q addressRequest) (addressA
 	if q.Options[typeOption] == gatewayOption {
 		return requestGateway(l, q.Address)
 	}
+	if err := p.checkDriver(ctx, l.subnet); err != nil {
+		return addressAnswer{}, err
+	}
 	limited, cancel := context.WithTimeout(ctx, addressLimit)
 	defer cancel()
 	var addr netip.Addr
@@ -128,6 +132,54 @@ func (p *Plugin) requestAddress(ctx context.Context, q addressRequest) (addressA
 		return addressAnswer{}, err
 	}
 	return addressAnswer{Address: netip.PrefixFrom(addr, l.subnet.Bits()).String()}, nil
+}
+
+// checkDriver refuses addresses for networks of other drivers: their endpoints
+// are not ours to see, and there is no gateway. The engine does not say for
+// which driver it asks; but a network of ours was announced, or the engine lists
+// it.
+func (p *Plugin) checkDriver(ctx context.Context, subnet netip.Prefix) error {
+	p.mu.Lock()
+	known := p.subnets[subnet]
+	p.mu.Unlock()
+	if known {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
+	defer cancel()
+	list, err := p.cfg.Docker.ListNetworks(ctx, nil)
+	if err != nil {
+		p.cfg.Log.Warn("plugin: networks are not known: address given all the same", "subnet", subnet, "err", err)
+		return nil
+	}
+	var other string
+	for _, n := range list {
+		if n.IPAM.Driver != docker.Driver || !slices.ContainsFunc(n.IPAM.Config, func(c docker.IPAMPool) bool { return c.Subnet == subnet.String() }) {
+			continue
+		}
+		if n.Driver == docker.Driver {
+			p.mu.Lock()
+			p.subnets[subnet] = true
+			p.mu.Unlock()
+			return nil
+		}
+		other = fmt.Sprintf("network %s has driver %s: addresses by weave are for networks of driver weave, create it with -d weave", n.Name, n.Driver)
+	}
+	if other != "" {
+		return errors.New(other)
+	}
+	return nil
+}
+
+// releasePool forgets what was known of a pool's network. One that is not known
+// is no error.
+func (p *Plugin) releasePool(_ context.Context, q addressRequest) (empty, error) {
+	if l, err := parsePool(q.PoolID); err == nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.subnets, l.subnet)
+	}
+	return empty{}, nil
 }
 
 // requestGateway answers the engine's wish for a gateway address without

@@ -80,6 +80,7 @@ type Plugin struct {
 
 	mu        sync.Mutex               // guards what follows; never held during I/O
 	networks  map[string]traits        // of networks, by id
+	subnets   map[netip.Prefix]bool    // of networks that are known to be of this driver
 	sandboxes map[string]string        // endpoint that has the multicast route, by sandbox
 	pending   map[netip.Addr]time.Time // handed out, not yet on an endpoint
 	suspects  map[string]time.Time     // seems left over since then; by address or endpoint
@@ -115,6 +116,7 @@ func New(cfg Config) (*Plugin, error) {
 		ready:     make(chan struct{}),
 		making:    make(chan struct{}, 1),
 		networks:  make(map[string]traits),
+		subnets:   make(map[netip.Prefix]bool),
 		sandboxes: make(map[string]string),
 		pending:   make(map[netip.Addr]time.Time),
 		suspects:  make(map[string]time.Time),
@@ -143,7 +145,7 @@ func (p *Plugin) Close() error {
 }
 
 // standInRetry is the wait before another stand-in is started.
-const standInRetry = time.Second
+const standInRetry = 5 * time.Second
 
 func (p *Plugin) startStandIn() {
 	if p.cfg.StandIn == nil {

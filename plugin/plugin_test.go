@@ -124,7 +124,7 @@ func FuzzRequests(f *testing.F) {
 	f.Fuzz(func(t *testing.T, method byte, body []byte) {
 		p := &Plugin{
 			cfg:      Config{Log: slog.New(slog.DiscardHandler)},
-			networks: make(map[string]traits), sandboxes: make(map[string]string), pending: make(map[netip.Addr]time.Time),
+			networks: make(map[string]traits), subnets: make(map[netip.Prefix]bool), sandboxes: make(map[string]string), pending: make(map[netip.Addr]time.Time),
 		}
 		name := methods[int(method)%len(methods)]
 		var q addressRequest

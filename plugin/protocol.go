@@ -56,7 +56,7 @@ type addressAnswer struct {
 type networkRequest struct {
 	NetworkID string
 	Options   map[string]any
-	IPv4Data  []struct{ AddressSpace string }
+	IPv4Data  []struct{ AddressSpace, Pool string }
 }
 
 type endpointInterface struct {
@@ -161,7 +161,7 @@ func (p *Plugin) routes() http.Handler {
 		return addressSpaces{LocalDefaultAddressSpace: localSpace, GlobalDefaultAddressSpace: globalSpace}, nil
 	})
 	handle(p, mux, "IpamDriver.RequestPool", p.requestPool)
-	handle(p, mux, "IpamDriver.ReleasePool", func(context.Context, empty) (empty, error) { return empty{}, nil })
+	handle(p, mux, "IpamDriver.ReleasePool", p.releasePool)
 	handle(p, mux, "IpamDriver.RequestAddress", p.requestAddress)
 	handle(p, mux, "IpamDriver.ReleaseAddress", p.releaseAddress)
 	return mux

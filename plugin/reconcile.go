@@ -92,7 +92,20 @@ func (p *Plugin) Reconcile(ctx context.Context) error {
 		return err
 	}
 	var errs []error
-	seen := make(map[string]bool)
+	seen, kept := make(map[string]bool), make(map[netip.Addr]bool)
+	for _, a := range p.cfg.Attach.List() {
+		if a.Kind == attach.KindEndpoint && endpoints[a.ID] == "" {
+			if p.leftOver(a.ID) {
+				p.cfg.Log.Info("plugin: endpoint removed, the engine does not know it", "endpoint", a.ID)
+				errs = append(errs, p.cfg.Attach.DeleteEndpoint(ctx, a.ID), p.forget(a.ID))
+				continue
+			}
+			seen[a.ID] = true
+		}
+		for _, addr := range a.Addrs {
+			kept[addr.Addr()] = true
+		}
+	}
 	if p.cfg.Alloc != nil {
 		held := make(map[netip.Addr]bool)
 		for owner, list := range p.cfg.Alloc.Owned() {
@@ -101,26 +114,16 @@ func (p *Plugin) Reconcile(ctx context.Context) error {
 				if _, used := addrs[a.Addr()]; used || owner != holder(a.Addr()) {
 					continue
 				}
-				seen[a.Addr().String()] = true
-				if p.leftOver(a.Addr().String()) && !p.isPending(a.Addr()) {
+				// While an endpoint has it nobody else can.
+				if p.leftOver(a.Addr().String()) && !kept[a.Addr()] && !p.isPending(a.Addr()) {
 					p.cfg.Log.Info("plugin: address freed, no endpoint has it", "address", a)
 					errs = append(errs, p.cfg.Alloc.Free(owner, a.Addr()))
-					delete(seen, a.Addr().String())
+					continue
 				}
+				seen[a.Addr().String()] = true
 			}
 		}
 		errs = append(errs, p.claimMissing(ctx, addrs, held))
-	}
-	for _, a := range p.cfg.Attach.List() {
-		if a.Kind != attach.KindEndpoint || endpoints[a.ID] != "" {
-			continue
-		}
-		seen[a.ID] = true
-		if p.leftOver(a.ID) {
-			p.cfg.Log.Info("plugin: endpoint removed, the engine does not know it", "endpoint", a.ID)
-			errs = append(errs, p.cfg.Attach.DeleteEndpoint(ctx, a.ID), p.forget(a.ID))
-			delete(seen, a.ID)
-		}
 	}
 	p.acquit(seen)
 	return errors.Join(errs...)

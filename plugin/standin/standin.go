@@ -102,6 +102,7 @@ func (p *Process) pass(socket *net.UnixListener) error {
 // Wait returns nil when the stand-in has ended, or ctx's error when that ends
 // first.
 func (p *Process) Wait(ctx context.Context) error {
+	_ = p.pair.SetReadDeadline(time.Time{})
 	stop := context.AfterFunc(ctx, func() { _ = p.pair.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	_, err := p.pair.Read(make([]byte, 1)) // it never sends: this ends with it

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -75,7 +75,7 @@ func get(ctx context.Context, socket, path string) (int, []byte, error) {
 // versions asks in each version of the API, and in some that are none.
 func versions(t *testing.T, h *lab.Host, socket string) {
 	ask := []string{"1.0", "1.99", "2", "x"}
-	for v := 12; v <= 51; v++ {
+	for v := 12; v <= 55; v++ {
 		ask = append(ask, fmt.Sprintf("1.%d", v))
 	}
 	for _, v := range ask {
@@ -109,7 +109,7 @@ func large(t *testing.T, h *lab.Host, direct, proxied string) {
 	if err := runDocker(t, h, proxied, "", []string{"import", archive, "large"}).Err(); err != nil {
 		t.Fatal(err)
 	}
-	save := func(host string) (sum string, took time.Duration) {
+	save := func(host string) (list string, took time.Duration) {
 		t.Helper()
 		out := filepath.Join(dir, "saved.tar")
 		began := time.Now()
@@ -117,17 +117,18 @@ func large(t *testing.T, h *lab.Host, direct, proxied string) {
 			t.Fatal(err)
 		}
 		took = time.Since(began)
-		text, err := os.ReadFile(out)
+		f, err := os.Open(out)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return fmt.Sprintf("%x", sha256.Sum256(text)), took
+		defer func() { _ = f.Close() }()
+		return entries(t, f), took
 	}
 	want, _ := save(direct) // warms the cache
 	want2, tookDirect := save(direct)
 	got, took := save(proxied)
 	if want != want2 || got != want {
-		t.Errorf("saved %s, directly %s and %s", got, want, want2)
+		t.Errorf("saved\n%sdirectly\n%sand\n%s", got, want, want2)
 	}
 	t.Logf("save of 100 MB: %v, directly %v", took, tookDirect)
 	_ = runDocker(t, h, direct, "", list("rmi large"))
@@ -135,7 +136,7 @@ func large(t *testing.T, h *lab.Host, direct, proxied string) {
 		t.Errorf("load: exit %d, %q %q", r.Code, r.Stdout, r.Stderr)
 	}
 	if again, _ := save(proxied); again != want {
-		t.Errorf("loaded and saved: %s, want %s", again, want)
+		t.Errorf("loaded and saved:\n%swant\n%s", again, want)
 	}
 	_ = runDocker(t, h, direct, "", list("rmi large"))
 }
@@ -165,22 +166,31 @@ func contexts(t *testing.T, h *lab.Host, proxied string) {
 }
 
 // pluginsEnv names the folder of the docker command's compose and buildx, which
-// Debian 12 has no packages of; what needs them is tried where it is set.
+// Debian 12 has no packages of; what needs them is tried where it is set, or
+// where the engine is one that was unpacked with them.
 const pluginsEnv = "DOCKER_TEST_PLUGINS"
+
+func plugins(h *lab.Host) string {
+	if dir := os.Getenv(pluginsEnv); dir != "" {
+		return dir
+	}
+	return h.CLIPlugins()
+}
 
 // settings is a folder for the command that knows these plugins.
 func settings(t *testing.T, h *lab.Host, plugin string) string {
 	t.Helper()
 	dir := t.TempDir()
-	if err := os.Symlink(os.Getenv(pluginsEnv), filepath.Join(dir, "cli-plugins")); err != nil {
+	if err := os.Symlink(plugins(h), filepath.Join(dir, "cli-plugins")); err != nil {
 		t.Fatal(err)
 	}
 	if r := withConfig(t, h, dir, "", plugin, "version"); r.Code != 0 {
-		t.Fatalf("docker %s is not in the folder that %s names: %s", plugin, pluginsEnv, r.Stderr)
+		t.Fatalf("docker %s is not in %s: %s", plugin, plugins(h), r.Stderr)
 	}
 	return dir
 }
 
+// compose compares what a project says in its life on both ways.
 func compose(t *testing.T, h *lab.Host, direct, proxied string) {
 	dir := settings(t, h, "compose")
 	file := filepath.Join(t.TempDir(), "compose.yaml")
@@ -188,39 +198,68 @@ func compose(t *testing.T, h *lab.Host, direct, proxied string) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, args := range [][]string{
-		list("up -d --quiet-pull"), list("ps --format {{.Service}}:{{.State}}"), list("exec -T one echo inside"),
-		list("logs --no-log-prefix one"), list("exec -T one ping -c 1 -W 5 -q two"), list("down -t 0"),
-	} {
-		args = append([]string{"compose", "-f", file}, args...)
-		r := withConfig(t, h, dir, proxied, args...)
-		if r.Code != 0 {
-			t.Errorf("%s: exit %d, %s %s", args, r.Code, r.Stdout, r.Stderr)
-		}
-		for step, want := range map[string]string{"ps": "two:running", "exec": "", "logs": "said"} {
-			if args[3] == step && !strings.Contains(r.Stdout, want) {
-				t.Errorf("%s: %s", args, r.Stdout)
+	life := func(host string) (said []string) {
+		for _, args := range [][]string{
+			list("up -d --quiet-pull"), list("ps --format {{.Service}}:{{.State}}"), list("exec -T one echo inside"),
+			{"exec", "-T", "one", "sh", "-c", "echo err >&2; exit 3"}, list("logs --no-log-prefix one"), list("top two"), list("restart -t 0 two"),
+			list("exec -T one ping -c 1 -W 5 two"), list("up -d --scale two=2"), list("ps -q"), list("down -t 0"), list("ps -a -q"),
+		} {
+			args = append([]string{"compose", "-f", file}, args...)
+			r := withConfig(t, h, dir, host, args...)
+			if wrong := strings.Contains(args[len(args)-1], "exit"); (r.Code != 0) != wrong {
+				t.Errorf("%s: exit %d, %s %s", args, r.Code, r.Stdout, r.Stderr)
 			}
+			// Numbers are those of processes and addresses, and times.
+			out := regexp.MustCompile(`[ \d]*\d[\d.:/]*| {2,}`).ReplaceAllString(same(r.Stdout), " ")
+			said = append(said, fmt.Sprintf("%s: exit %d, %s", args[3], r.Code, out))
 		}
+		return said
+	}
+	want, got := life(direct), life(proxied)
+	if !slices.Equal(got, want) || !strings.Contains(want[1], "two:running") || !strings.Contains(want[4], "said") {
+		t.Errorf("proxied: %q\ndirect:  %q", got, want)
 	}
 	if r := runDocker(t, h, direct, "", list("ps -aq -f label=com.docker.compose.project=trial")); r.Stdout != "" {
 		t.Errorf("left: %s", r.Stdout)
 	}
 }
 
-func buildx(t *testing.T, h *lab.Host, proxied string) {
+// buildx compares builds by BuildKit on both ways: they upload a folder, secrets
+// and what they are asked for over a session (/session, /grpc) on HTTP/2.
+func buildx(t *testing.T, h *lab.Host, direct, proxied string) {
 	dir := settings(t, h, "buildx")
 	source := t.TempDir()
-	if err := os.WriteFile(filepath.Join(source, "Dockerfile"), []byte("FROM busybox\nCOPY Dockerfile /copied\nRUN wc -l < /copied > /lines\n"), 0o600); err != nil {
-		t.Fatal(err)
+	for name, text := range map[string]string{
+		"Dockerfile": "FROM busybox AS made\nCOPY big /big\nRUN --mount=type=secret,id=word cp /run/secrets/word /word && wc -c < /big > /lines\n" +
+			"FROM scratch AS out\nCOPY --from=made /word /lines /big /\n",
+		"bad":  "FROM busybox\nRUN exit 9\n",
+		"word": "hidden", "big": strings.Repeat("0123456789abcdef", 1<<18),
+	} {
+		if err := os.WriteFile(filepath.Join(source, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
-	r := withConfig(t, h, dir, proxied, "buildx", "build", "--progress", "plain", "-t", "bx", source)
-	if r.Code != 0 {
-		t.Fatalf("exit %d, %s %s", r.Code, r.Stdout, r.Stderr)
-	}
-	if r := runDocker(t, h, proxied, "", list("run --rm bx cat /lines")); r.Stdout != "3\n" {
-		t.Errorf("what was built says %q %q", r.Stdout, r.Stderr)
-	}
+	secret := "--secret=id=word,src=" + filepath.Join(source, "word")
+	for _, args := range [][]string{
+		{"buildx", "build", "--no-cache", "-q", "--target", "made", "-t", "bx", secret, source},
+		{"run", "--rm", "bx", "cat", "/lines", "/word"},
+		{"buildx", "build", "--no-cache", "-q", "--output", "type=tar,dest=-", secret, source},
+		{"buildx", "build", "--no-cache", "-q", "-f", filepath.Join(source, "bad"), source},
+		{"buildx", "build", "-q", "nowhere"},
+		{"buildx", "du", "--filter", "type=nosuch"},
+		{"buildx", "ls", "--format", "{{.Name}} {{.Status}}"},
+	} {
+		want, got := withConfig(t, h, dir, direct, args...), withConfig(t, h, dir, proxied, args...)
+		if slices.Contains(args, "type=tar,dest=-") {
+			for _, r := range []*lab.Result{&want, &got} {
+				r.Stdout = entries(t, strings.NewReader(r.Stdout))
+			}
+		}
+		if same(got.Stdout) != same(want.Stdout) || got.Code != want.Code {
+			t.Errorf("%q proxied: exit %d, %.500q %.2000q\ndirect:  exit %d, %.500q %.2000q", args,
+				got.Code, got.Stdout, got.Stderr, want.Code, want.Stdout, want.Stderr)
+		}
+		}
 }
 
 // overhead compares how long a small answer takes.
@@ -229,7 +268,7 @@ func overhead(t *testing.T, direct, proxied string) {
 	for range 300 {
 		for _, socket := range []string{direct, proxied} {
 			began := time.Now()
-			if _, _, err := get(t.Context(), socket, "/v1.41/containers/json?all=1"); err != nil {
+			if _, _, err := get(t.Context(), socket, "/containers/json?all=1"); err != nil {
 				t.Fatal(err)
 			}
 			times[socket] = append(times[socket], time.Since(began))
@@ -252,7 +291,7 @@ func crowd(t *testing.T, socket string) {
 	var wg sync.WaitGroup
 	for range 200 {
 		wg.Go(func() {
-			status, body, err := get(t.Context(), socket, "/v1.41/containers/json?all=1")
+			status, body, err := get(t.Context(), socket, "/containers/json?all=1")
 			if err != nil || status != http.StatusOK || !bytes.Contains(body, []byte("idle")) {
 				t.Errorf("%d %v", status, err)
 			}

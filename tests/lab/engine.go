@@ -21,6 +21,67 @@ import (
 // engineTimeout bounds the start and the stop of a Docker engine.
 const engineTimeout = 60 * time.Second
 
+// enginesEnv names the engines of labs that leave it open: for one host after
+// the other, again from the first when there are more hosts, a folder with
+// unpacked packages or nothing for the machine's own; "@1.44" behind it is
+// MinAPI. With commas between: ",/a,/b@1.44".
+const enginesEnv = "TEST_ENGINES"
+
+// Engine says which Docker a host has.
+type Engine struct {
+	// Dir is a folder in which Docker's packages are unpacked; what it has not,
+	// such as runc, is the machine's. Empty: the Docker that PATH finds.
+	Dir string
+	// MinAPI is the oldest version of the API that is served, such as 1.44.
+	// Empty: the engine's own choice.
+	MinAPI string
+}
+
+// engines returns what the environment variable says.
+func engines(text string) []Engine {
+	var out []Engine
+	for word := range strings.SplitSeq(text, ",") {
+		dir, minAPI, _ := strings.Cut(word, "@")
+		out = append(out, Engine{Dir: dir, MinAPI: minAPI})
+	}
+	return out
+}
+
+// paths are the folders of its programs.
+func (e Engine) paths() []string {
+	if e.Dir == "" {
+		return nil
+	}
+	return []string{filepath.Join(e.Dir, "usr/sbin"), filepath.Join(e.Dir, "usr/bin")}
+}
+
+// prepare makes a command one of the engine's programs, and of those it starts.
+func (e Engine) prepare(cmd *exec.Cmd) {
+	if e.Dir == "" {
+		return
+	}
+	cmd.Env = append(cmd.Env, "PATH="+strings.Join(append(e.paths(), os.Getenv("PATH")), ":"))
+	if strings.Contains(cmd.Args[0], "/") {
+		return
+	}
+	for _, dir := range e.paths() {
+		if path, err := exec.LookPath(filepath.Join(dir, cmd.Args[0])); err == nil {
+			cmd.Path, cmd.Err = path, nil
+			return
+		}
+	}
+}
+
+// CLIPlugins is the folder of compose, buildx and the like of a host whose
+// engine is an unpacked one; empty if it has none.
+func (h *Host) CLIPlugins() string {
+	dir := filepath.Join(h.docker.Dir, "usr/libexec/docker/cli-plugins")
+	if _, err := os.Stat(dir); h.docker.Dir == "" || err != nil {
+		return ""
+	}
+	return dir
+}
+
 // engine is a running dockerd.
 type engine struct {
 	cmd  *exec.Cmd
@@ -68,6 +129,10 @@ func (h *Host) StartDocker(ctx context.Context, flags ...string) error {
 		return fmt.Errorf("old dockerd: %w", err)
 	}
 	cmd := exec.Command("dockerd", append(args, flags...)...)
+	cmd.Env = environment()
+	if v := h.docker.MinAPI; v != "" {
+		cmd.Env = append(cmd.Env, "DOCKER_MIN_API_VERSION="+v)
+	}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := h.Start(cmd); err != nil {

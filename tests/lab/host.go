@@ -29,6 +29,7 @@ type Host struct {
 	lab    *Lab
 	dir    string
 	init   *process
+	docker Engine
 	engine *engine
 	blocks []string // nft rules that drop traffic to this host
 }
@@ -73,6 +74,9 @@ exec tini-static -g -- sleep infinity
 // newHost starts a host that has no link yet.
 func (l *Lab) newHost(ctx context.Context, name string, addr netip.Addr) (*Host, error) {
 	h := &Host{Name: name, Addr: addr, lab: l, dir: filepath.Join(l.dir, name)}
+	if i, all := slices.Index(l.cfg.Hosts, name), l.cfg.Engines; i >= 0 && len(all) > 0 {
+		h.docker = all[i%len(all)]
+	}
 	if err := h.writeFiles(); err != nil {
 		return nil, err
 	}
@@ -201,6 +205,7 @@ func (h *Host) Start(cmd *exec.Cmd) error {
 	if cmd.Env == nil {
 		cmd.Env = environment()
 	}
+	h.docker.prepare(cmd)
 	return h.Do(cmd.Start)
 }
 

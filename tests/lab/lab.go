@@ -14,9 +14,8 @@
 // host, and a janitor process then removes folder and groups. Nothing is named
 // machine-wide except after that folder, so that labs do not meet.
 //
-// The engine is the dockerd that PATH finds: to try another one, unpack its
-// packages somewhere and put the folders of its dockerd, containerd and docker
-// first in PATH.
+// The engine is the dockerd that PATH finds, or one whose packages are unpacked
+// somewhere (tests/setup/unpack), as [Engine] or TEST_ENGINES say.
 //
 // Hosts share the root file system of the machine otherwise, /tmp included.
 package lab
@@ -43,6 +42,10 @@ type Config struct {
 	// Docker starts an engine on each host and loads the image
 	// busybox:latest, made of the machine's own static busybox.
 	Docker bool
+	// Engines of one host after the other, again from the first when there are
+	// more hosts. Empty: what the environment variable TEST_ENGINES says, or the
+	// machine's.
+	Engines []Engine
 	// MTU of the underlay in bytes; 0 for 1500.
 	MTU int
 	// Wire takes segmentation and checksum offload off the underlay, so that
@@ -97,6 +100,9 @@ func New(ctx context.Context, cfg Config) (*Lab, error) {
 	}
 	if cfg.MTU == 0 {
 		cfg.MTU = 1500
+	}
+	if len(cfg.Engines) == 0 {
+		cfg.Engines = engines(os.Getenv(enginesEnv))
 	}
 	dir, err := os.MkdirTemp("", "weave-lab-")
 	if err != nil {

@@ -19,6 +19,9 @@ import (
 //go:embed packages
 var list string
 
+//go:embed unpack
+var unpack string
+
 type tool struct {
 	command, pkg string
 	users        []string
@@ -161,4 +164,24 @@ func WireGuard(ctx context.Context) (path, version string, err error) {
 	}
 	first, _, _ := strings.Cut(string(said), "\n")
 	return path, "the system's: " + first, nil
+}
+
+// Engine returns a folder with Docker of a release of Debian: engine, command,
+// compose and buildx, but not runc, of which the machine's does. They are
+// fetched and unpacked once, some 90 MB, into the user's cache.
+func Engine(ctx context.Context, suite string) (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", fmt.Errorf("cache: %w", err)
+	}
+	dir := filepath.Join(cache, "weave-tests", "engines", suite)
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	cmd := exec.CommandContext(ctx, "bash", "-c", unpack, "unpack", suite, dir,
+		"docker.io", "docker-cli", "containerd", "docker-compose", "docker-buildx")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("docker of %s: %w: %s", suite, err, strings.TrimSpace(string(out)))
+	}
+	return dir, nil
 }

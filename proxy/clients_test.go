@@ -259,7 +259,7 @@ func buildx(t *testing.T, h *lab.Host, direct, proxied string) {
 			t.Errorf("%q proxied: exit %d, %.500q %.2000q\ndirect:  exit %d, %.500q %.2000q", args,
 				got.Code, got.Stdout, got.Stderr, want.Code, want.Stdout, want.Stderr)
 		}
-		}
+	}
 }
 
 // overhead compares how long a small answer takes.

@@ -90,11 +90,12 @@ func TestRewriteInspect(t *testing.T) {
 	body := `{"Id":"c1","Big":9007199254740993,"NetworkSettings":{"Networks":{"bridge":{"EndpointID":"e0"},"weave":{"EndpointID":"e1"}},` +
 		`"IPAddress":"172.17.0.2","IPPrefixLen":16,"MacAddress":"02:42:ac:11:00:02","Ports":{}}}`
 	want := `{"Big":9007199254740993,"Id":"c1","NetworkSettings":{"IPAddress":"10.32.0.5","IPPrefixLen":12,"MacAddress":"7a:00:00:00:00:01",` +
-		`"Networks":{"bridge":{"EndpointID":"e0"},"weave":{"EndpointID":"e1"}},"Ports":{}}}`
+		`"Networks":{"bridge":{"EndpointID":"e0","IPAddress":"10.32.0.5","IPPrefixLen":12,"MacAddress":"7a:00:00:00:00:01"},"weave":{"EndpointID":"e1"}},"Ports":{}}}`
 	if got, ok := rewriteInspect([]byte(body), all); !ok || string(got) != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
-	for _, other := range []string{strings.Replace(body, "e1", "e9", 1), `{`, `[]`, `{"NetworkSettings":3}`} {
+	for _, other := range []string{strings.Replace(body, "e1", "e9", 1), `{`, `[]`, `{"NetworkSettings":3}`,
+		strings.Replace(body, "Networks", "networks", 1)} {
 		if got, ok := rewriteInspect([]byte(other), all); ok {
 			t.Errorf("%s became %s", other, got)
 		}

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"encoding/json"
+	"errors"
 	"maps"
 	"net/http"
 	"slices"
@@ -25,9 +26,13 @@ func inspectedContainer(path string) string {
 	return ""
 }
 
+// defaultNetwork is the engine's own network in a container's description.
+const defaultNetwork = "bridge"
+
 // inspect serves the description of a container with our address in the fields
-// that once were those of the engine's own network: some clients read no
-// others.
+// that once were those of the engine's own network, as some clients read no
+// others, and in the entry of that network, as some, such as Nomad, read that of
+// any network.
 func (p *Proxy) inspect(w http.ResponseWriter, r *http.Request) {
 	a, err := p.roundTripUpTo(r.Context(), r, nil, maxInspect)
 	if err != nil {
@@ -43,8 +48,9 @@ func (p *Proxy) inspect(w http.ResponseWriter, r *http.Request) {
 	a.send(w)
 }
 
-// rewriteInspect puts the first of our endpoints of a container into the
-// legacy fields; false if there is none. The rest stays as it is.
+// rewriteInspect puts the first of our endpoints of a container into the legacy
+// fields and the entry of the engine's own network; false if there is none. The
+// rest stays as it is.
 func rewriteInspect(body []byte, all []attach.Attachment) ([]byte, bool) {
 	var info docker.ContainerInfo
 	if json.Unmarshal(body, &info) != nil {
@@ -63,16 +69,18 @@ func rewriteInspect(body []byte, all []attach.Attachment) ([]byte, bool) {
 		return nil, false
 	}
 	found := ours[networks[names[i]].EndpointID]
-	var object map[string]json.RawMessage
-	if json.Unmarshal(body, &object) != nil {
-		return nil, false
-	}
+	var object, settings, entries map[string]json.RawMessage
+	err := errors.Join(json.Unmarshal(body, &object), json.Unmarshal(object["NetworkSettings"], &settings), json.Unmarshal(settings["Networks"], &entries))
 	for field, value := range map[string]any{
 		"MacAddress": found.MAC.String(), "IPAddress": found.Addrs[0].Addr().String(), "IPPrefixLen": found.Addrs[0].Bits(),
 	} {
-		if setField(object, "NetworkSettings", field, value) != nil {
-			return nil, false
+		if _, ok := entries[defaultNetwork]; ok {
+			err = errors.Join(err, setField(entries, defaultNetwork, field, value))
 		}
+		err = errors.Join(err, setField(object, "NetworkSettings", field, value))
+	}
+	if errors.Join(err, setField(object, "NetworkSettings", "Networks", entries)) != nil {
+		return nil, false
 	}
 	out, err := json.Marshal(object)
 	return out, err == nil

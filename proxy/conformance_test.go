@@ -153,7 +153,7 @@ func entries(t *testing.T, archive io.Reader) string {
 	var list strings.Builder
 	for in := tar.NewReader(archive); ; {
 		h, err := in.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return list.String()
 		}
 		sum := sha256.New()

@@ -83,11 +83,14 @@ func testFlags(t *testing.T, l *lab.Lab, subnets []string) {
 	}
 	u1 := l.Host("u1")
 	weave(t, u1, "stop")
-	launch(t, u1, append(subnets, "--no-dns", "--no-default-ipalloc", "u2")...)
+	launch(t, u1, append(subnets, "--no-dns", "--no-default-ipalloc", "--no-multicast-route", "u2")...)
 	if got := run(t, u1, proxySocket, "", "without").addresses(t, "ethwe"); len(got) > 0 {
 		t.Errorf("--no-default-ipalloc: %s", got)
 	}
-	run(t, u1, proxySocket, "ethwe", "with", "-e", "WEAVE_CIDR=net:default")
+	with := run(t, u1, proxySocket, "ethwe", "with", "-e", "WEAVE_CIDR=net:default")
+	if said := with.exec(t.Context(), "ip", "route").Stdout; strings.Contains(said, "224.0.0.0") || !strings.Contains(said, "ethwe") {
+		t.Errorf("--no-multicast-route: %s", said)
+	}
 	must(t, u1, "docker", "rm", "-f", "with", "without")
 	weave(t, u1, "stop")
 	launch(t, u1, append(subnets, "--no-dns", "u2")...)

@@ -136,6 +136,8 @@ func (h *Host) sysctls() ([]string, error) {
 // the folders where weave and Docker's drivers keep files.
 func (h *Host) files() ([]string, error) {
 	var out []string
+	etc := filepath.Join(h.dir, "etc/upper")
+	folders := map[string]bool{}
 	err := h.Do(func() error {
 		for _, dir := range []string{"/run", "/var/lib"} {
 			entries, err := os.ReadDir(dir)
@@ -146,10 +148,11 @@ func (h *Host) files() ([]string, error) {
 				out = append(out, filepath.Join(dir, e.Name()))
 			}
 		}
-		for _, dir := range []string{"/run/weave", "/run/docker/plugins", "/run/netns", "/var/lib/weave", filepath.Join(h.dir, "etc/upper")} {
-			err := filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		for _, dir := range []string{"/run/weave", "/run/docker/plugins", "/run/netns", "/var/lib/weave", etc} {
+			err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 				if err == nil {
 					out = append(out, path)
+					folders[path] = d.IsDir()
 				}
 				return err
 			})
@@ -158,6 +161,12 @@ func (h *Host) files() ([]string, error) {
 			}
 		}
 		return nil
+	})
+	// A folder of the machine's is there as soon as something was in it.
+	out = slices.DeleteFunc(out, func(path string) bool {
+		name, ok := strings.CutPrefix(path, etc+"/")
+		fi, err := os.Stat(filepath.Join("/etc", name))
+		return ok && folders[path] && err == nil && fi.IsDir()
 	})
 	slices.Sort(out)
 	return slices.Compact(out), err

@@ -143,6 +143,7 @@ func parseDelta(b []byte) (d Delta, err error) {
 	}
 	puts := int(b[18])
 	b = b[19:]
+	d.Put = make([]Adjacency, 0, min(puts, len(b)/adjFixed))
 	for range puts {
 		var a Adjacency
 		if a, b, err = parseAdjacency(b); err != nil {

@@ -211,8 +211,8 @@ func (s Snapshot) Reaches(name Name) bool {
 // Reachable returns the other peers to which there is a route, by name.
 func (s Snapshot) Reachable() []Name {
 	var out []Name
-	for _, r := range s.Records() {
-		if hop, ok := s.NextHop(r.Name); ok && hop != 0 {
+	for i, r := range s.Records() {
+		if s.g.first[i] >= 0 {
 			out = append(out, r.Name)
 		}
 	}
@@ -223,8 +223,8 @@ func (s Snapshot) Reachable() []Name {
 // there is a route, by name.
 func (s Snapshot) ReachableRecords() []Record {
 	var out []Record
-	for _, r := range s.Records() {
-		if s.Reaches(r.Name) {
+	for i, r := range s.Records() {
+		if i == s.g.self || s.g.first[i] >= 0 {
 			out = append(out, r)
 		}
 	}

@@ -29,7 +29,8 @@ const (
 	wakeSpread    = time.Second             // over which peers that came back into reach are dialled
 	// MeshMost is of how many peers at most discovery links all to all.
 	MeshMost    = 100
-	enoughLinks = 10 // of more, each to so many; who cannot be reached is dialled anyhow
+	enoughLinks = 10              // of more, each to so many; who cannot be reached is dialled anyhow
+	growWait    = 2 * time.Second // for which a cluster may not have grown by an eighth before it counts as small
 )
 
 // Dialer decides what is dialled when. It is pure: the time and what happened
@@ -40,9 +41,11 @@ type Dialer struct {
 	dials map[dialKey]*dial
 	busy  int // attempts that run
 
-	spare   int     // links that discovery wants besides those to peers out of reach
-	repeats int     // of what runs, such as follow a failure
-	credit  float64 // attempts of that kind that may begin now
+	known   int       // peers, as of when their number last went up much
+	grown   time.Time // when that was
+	spare   int       // links that discovery wants besides those to peers out of reach
+	repeats int       // of what runs, such as follow a failure
+	credit  float64   // attempts of that kind that may begin now
 	counted time.Time
 }
 
@@ -64,6 +67,7 @@ type dial struct {
 	again bool          // the attempt that runs follows a failure
 	left  bool          // it leads to ourselves
 	near  bool          // there was a route to the peer when we last looked
+	found time.Time     // when it was discovered
 	tries int           // since the last success
 	wrong int           // refusals because of a name, in a row
 	wait  time.Duration // 0: no failure yet, or none that counts
@@ -126,7 +130,7 @@ func (ds *Dialer) Discover(name peer.Name, addrs []netip.AddrPort, now time.Time
 	}
 	d := ds.dials[key]
 	if d == nil {
-		d = &dial{key: key, peer: name, due: now}
+		d = &dial{key: key, peer: name, due: now, found: now}
 		if !first {
 			d.due = now.Add(politeWait)
 		}
@@ -173,10 +177,11 @@ func (ds *Dialer) Start(now time.Time, linked func(peer.Name) bool, room bool, s
 	ds.spare = spare
 	var due []*dial
 	for _, d := range ds.dials {
-		if d.busy && d.optional() {
+		if d.busy && d.optional(now) {
 			ds.spare--
 		}
-		if d.busy || d.left || d.due.After(now) || linked(d.peer) || d.key.target == "" && !room {
+		switch {
+		case d.busy, d.left, d.due.After(now), d.key.target == "" && !room, spare <= 0 && d.optional(now), linked(d.peer):
 			continue
 		}
 		due = append(due, d)
@@ -188,7 +193,7 @@ func (ds *Dialer) Start(now time.Time, linked func(peer.Name) bool, room bool, s
 			if d.wait > 0 != again || ds.busy >= maxBusy || again && (ds.repeats >= maxRepeats || ds.credit < 1) {
 				continue
 			}
-			if d.optional() {
+			if d.optional(now) {
 				if ds.spare <= 0 {
 					continue
 				}
@@ -200,16 +205,34 @@ func (ds *Dialer) Start(now time.Time, linked func(peer.Name) bool, room bool, s
 	return jobs
 }
 
-// Wanted is how many more links discovery makes among so many peers.
-func Wanted(links, peers int) int {
-	if peers <= MeshMost {
+// Wanted is how many more links discovery makes among so many peers. While a
+// cluster grows nobody knows how large it is going to be, and a few links do
+// until then: a thousand peers that start at one moment would else link all to
+// all of the first hundred they hear of.
+func (ds *Dialer) Wanted(links, peers int, now time.Time) int {
+	switch {
+	case peers > ds.known+ds.known/8+1:
+		ds.known, ds.grown = peers, now
+	case peers < ds.known:
+		ds.known = peers
+	}
+	if peers <= MeshMost && now.Sub(ds.grown) >= growWait {
 		return peers
 	}
 	return enoughLinks - links
 }
 
+// First says which of two peers that discover each other dials first. The
+// order of the UIDs alone would have the highest one dialled by all.
+func First(self, other peer.UID) bool {
+	return (self < other) == ((self^other)&1 == 0)
+}
+
 // optional says whether we do without a link to the peer when we have enough.
-func (d *dial) optional() bool { return d.key.target == "" && d.near }
+// To whom there is no route yet there will be one soon if he is new.
+func (d *dial) optional(now time.Time) bool {
+	return d.key.target == "" && (d.near || now.Sub(d.found) < politeWait)
+}
 
 func (ds *Dialer) begin(d *dial) Job {
 	if d.again = d.wait > 0; d.again {
@@ -332,7 +355,7 @@ func (ds *Dialer) Rows(linked func(peer.Name) bool) []Connection {
 	})
 	for _, key := range keys {
 		d := ds.dials[key]
-		if d.left || linked(d.peer) || d.optional() && ds.spare <= 0 && !d.busy {
+		if d.left || linked(d.peer) || d.optional(ds.counted) && ds.spare <= 0 && !d.busy {
 			continue
 		}
 		out = append(out, d.row())

@@ -2,6 +2,7 @@ package dialer
 
 import (
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -253,12 +254,51 @@ func TestForgottenDuringAttempt(t *testing.T) {
 	}
 }
 
+// Links all to all are for a cluster that is small and does not grow.
+func TestLinksWanted(t *testing.T) {
+	ds, now := New(6783), time.Unix(1000, 0)
+	for _, x := range []struct {
+		wait         time.Duration
+		links, peers int
+		want         int
+	}{
+		{0, 0, 3, enoughLinks},
+		{0, 5, 40, enoughLinks - 5},
+		{growWait, 5, 40, 40},
+		{time.Second, enoughLinks, 44, 44}, // one more now and then
+		{0, enoughLinks, MeshMost, 0},
+		{growWait, enoughLinks, MeshMost, MeshMost},
+		{growWait, enoughLinks, MeshMost + 1, 0},
+		{growWait, 3, MeshMost + 1, enoughLinks - 3},
+		{growWait, 3, 50, 50},
+		{0, 3, 90, enoughLinks - 3},
+	} {
+		now = now.Add(x.wait)
+		if got := ds.Wanted(x.links, x.peers, now); got != x.want {
+			t.Errorf("%d wanted besides %d among %d peers, want %d", got, x.links, x.peers, x.want)
+		}
+	}
+	var first [2]int // of whoever has the highest UID, and the lowest
+	for range 1000 {
+		u := peer.UID(rand.Uint64()>>2) + 1
+		if First(u, 1) == First(1, u) || First(u, 1<<63) == First(1<<63, u) {
+			t.Fatal("both ends dial first, or none")
+		}
+		if First(1<<63, u) {
+			first[0]++
+		}
+		if First(1, u) {
+			first[1]++
+		}
+	}
+	if min(first[0], first[1]) < 400 || max(first[0], first[1]) > 600 {
+		t.Errorf("of 1,000 peers the one with the highest UID dials %d, the one with the lowest %d", first[0], first[1])
+	}
+}
+
 // Of many peers discovery dials some, and all that cannot be reached; what it
 // leaves alone is not shown.
 func TestManyPeersAreLinkedSparsely(t *testing.T) {
-	if Wanted(5, MeshMost) <= 0 || Wanted(enoughLinks, MeshMost+1) > 0 || Wanted(3, MeshMost+1) != enoughLinks-3 {
-		t.Error("too few or too many links are wanted")
-	}
 	s := newScene(t)
 	const far = 280
 	for n := peer.Name(1); n <= 300; n++ {

@@ -17,6 +17,7 @@ import (
 
 const (
 	tendEvery  = 250 * time.Millisecond
+	expireEach = 5 * time.Second        // look for origins that are dead
 	greetAfter = 200 * time.Millisecond // new peers know the way to us by then
 	greetFor   = 10 * time.Second       // after the start
 	headWait   = 5 * time.Second        // for what a stream carries
@@ -39,6 +40,7 @@ func (g *Gossip) tend(ctx context.Context) error {
 	defer tick.Stop()
 	w := &watcher{begun: time.Now()}
 	w.look(g, w.begun)
+	expired := w.begun
 	var tasks sync.WaitGroup
 	defer tasks.Wait()
 	for {
@@ -49,9 +51,12 @@ func (g *Gossip) tend(ctx context.Context) error {
 			w.look(g, time.Now())
 		case <-g.kick:
 		case <-tick.C:
-			g.expire(time.Now())
 		}
 		now := time.Now()
+		if now.Sub(expired) >= expireEach {
+			expired = now
+			g.expire(now)
+		}
 		g.mu.Lock()
 		jobs := g.pulls.start(now)
 		greet := !g.greet.IsZero() && !now.Before(g.greet)

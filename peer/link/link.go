@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,7 +25,8 @@ const (
 	byeWait      = 200 * time.Millisecond // for the last words on a link
 	streamLinger = time.Minute            // for the other end's close of a stream
 	writeWait    = 10 * time.Second
-	maxIncoming  = 128 // streams one link may have in the making or relayed here
+	maxIncoming  = 128     // streams one link may have in the making or relayed here
+	pieceSize    = 8 << 10 // bytes written at once: yamux keeps a buffer of the largest for the life of a link
 )
 
 // link is one live link.
@@ -189,8 +191,10 @@ func (l *link) transmit(control io.Writer) error {
 		if !ok {
 			return errors.New("closed")
 		}
-		if _, err := control.Write(f); err != nil {
-			return lost(err)
+		for piece := range slices.Chunk(f, pieceSize) {
+			if _, err := control.Write(piece); err != nil {
+				return lost(err)
+			}
 		}
 	}
 }
@@ -209,6 +213,9 @@ func (l *link) receive(m *Mesh, control io.Reader) error {
 		body := make([]byte, n)
 		if _, err := io.ReadFull(control, body); err != nil {
 			return lost(err)
+		}
+		if s, ok := control.(*yamux.Stream); ok && head[4] == typeHello {
+			s.Shrink() // else it keeps room for all that ever waited in it at one time
 		}
 		if err := m.handleFrame(l, head[4], body); err != nil {
 			return err

@@ -128,6 +128,8 @@ type Mesh struct {
 	self      peer.Info
 	keys      []*seal.Key // as Config.Keys; the slice is never changed, but replaced
 	topo      *linkstate.DB
+	news      news          // of others, not handed on yet
+	view      peer.Snapshot // of topo without them
 	links     map[peer.Name]*link
 	dials     *dialer.Dialer
 	turned    turned
@@ -280,7 +282,7 @@ func signal(ch chan struct{}) {
 func (m *Mesh) Topology() peer.Snapshot {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.topo.Snapshot()
+	return m.viewLocked()
 }
 
 // Neighbours returns the peers to which there is a live link, by name.

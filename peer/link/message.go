@@ -58,7 +58,7 @@ func (m *Mesh) hopLocked(to peer.Name) *link {
 	if l := m.links[to]; l != nil {
 		return l
 	}
-	if hop, ok := m.topo.Snapshot().NextHop(to); ok {
+	if hop, ok := m.viewLocked().NextHop(to); ok {
 		return m.links[hop]
 	}
 	return nil
@@ -103,7 +103,7 @@ func (m *Mesh) Broadcast(kind byte, payload []byte) {
 	defer m.mu.Unlock()
 	m.lastSeq++
 	c := broadcast{ttl: maxTTL, src: m.cfg.Self.Name, seq: m.lastSeq, kind: kind, payload: payload}
-	_, children, _ := m.topo.Snapshot().Tree(m.cfg.Self.Name)
+	_, children, _ := m.viewLocked().Tree(m.cfg.Self.Name)
 	m.spreadLocked(c, children)
 }
 
@@ -166,7 +166,7 @@ func (m *Mesh) handleHello(l *link, body []byte) error {
 		return errFrame
 	}
 	theirs := l.heard
-	ours, limit := m.topo.Snapshot().Digest(), 2
+	ours, limit := m.viewLocked().Digest(), 2
 	if l.joins {
 		ours, limit = l.before, 1
 	}
@@ -201,11 +201,31 @@ func (m *Mesh) linkStateLocked(l *link, typ byte, body []byte) error {
 	}
 	l.sendUrgent(frames(res.Reply))
 	if len(res.Forward) > 0 {
-		m.floodLocked(res.Forward, l.peer.Name)
-		m.changedLocked()
-		m.chooseShortIDLocked()
+		m.viewLocked()
+		m.news = m.news.add(l.peer.Name, res.Forward)
+		signal(m.kick)
 	}
 	return err
+}
+
+// viewLocked is the link state without the news that wait. Each change costs
+// all that follows from it, and while many peers come these are many.
+func (m *Mesh) viewLocked() peer.Snapshot {
+	if len(m.news) == 0 {
+		m.view = m.topo.Snapshot()
+	}
+	return m.view
+}
+
+// newsLocked hands on the news that came, and has routes follow them.
+func (m *Mesh) newsLocked() {
+	list := m.news
+	m.news = nil
+	for _, n := range list {
+		m.floodLocked(n.list, n.from)
+	}
+	m.changedLocked()
+	m.chooseShortIDLocked()
 }
 
 // floodLocked sends news of link state on.
@@ -245,7 +265,7 @@ func (m *Mesh) handleDatagram(from *link, d datagram) {
 func (m *Mesh) acceptBroadcast(from *link, c broadcast) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	parent, children, ok := m.topo.Snapshot().Tree(c.src)
+	parent, children, ok := m.viewLocked().Tree(c.src)
 	if !ok || parent != from.peer.Name || c.src == m.cfg.Self.Name {
 		m.count.offTree.Add(1)
 		return false

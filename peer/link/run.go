@@ -18,7 +18,10 @@ import (
 const (
 	handshakeWait  = 5 * time.Second
 	maxGreeting    = 64                    // incoming connections that may be in their handshake
-	originateEvery = 50 * time.Millisecond // changes within it make one record
+	originateEvery = 50 * time.Millisecond // changes within it make one record; in large clusters longer
+	originateStep  = 100                   // peers for which it gets longer by itself
+	newsEvery      = 20 * time.Millisecond // news of others within it are handed on together
+	discoverStep   = time.Millisecond      // between two looks at what can be dialled, for each peer there is
 	acceptPause    = 50 * time.Millisecond // after an error of accept, such as too many open files
 )
 
@@ -57,11 +60,19 @@ func (m *Mesh) Run(ctx context.Context) error {
 func (m *Mesh) loop(ctx context.Context) {
 	tick := time.NewTicker(tickEvery)
 	defer tick.Stop()
-	var originated, expired time.Time
+	var originated, expired, spread, discovered time.Time
 	for {
 		now := time.Now()
+		var wait <-chan time.Time
 		m.mu.Lock()
-		if m.stale && now.Sub(originated) >= originateEvery || m.overtaken && now.Sub(originated) >= m.twin.wait() {
+		if d := newsEvery - now.Sub(spread); len(m.news) > 0 && d <= 0 {
+			spread = now
+			m.newsLocked()
+		} else if len(m.news) > 0 {
+			wait = time.After(d)
+		}
+		peers := len(m.viewLocked().Records())
+		if m.stale && now.Sub(originated) >= originateEvery*time.Duration(1+peers/originateStep) || m.overtaken && now.Sub(originated) >= m.twin.wait() {
 			originated = now
 			m.originateLocked()
 		}
@@ -70,12 +81,13 @@ func (m *Mesh) loop(ctx context.Context) {
 			m.expireLocked(now)
 		}
 		m.checkLinksLocked(now)
-		if m.discovery {
+		if m.discovery && now.Sub(discovered) >= discoverStep*time.Duration(peers) {
+			discovered = now
 			m.discovery = false
 			m.discoverLocked(now)
-			m.dials.Wake(m.topo.Snapshot().Reaches, m.linkedLocked, now)
+			m.dials.Wake(m.viewLocked().Reaches, m.linkedLocked, now)
 		}
-		spare := dialer.Wanted(len(m.links), len(m.topo.Snapshot().Records()))
+		spare := m.dials.Wanted(len(m.links), peers, now)
 		jobs := m.dials.Start(now, m.servedLocked, m.roomLocked(), spare)
 		m.mu.Unlock()
 		for _, j := range jobs {
@@ -85,6 +97,7 @@ func (m *Mesh) loop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		case <-wait:
 		case <-m.kick:
 		}
 	}
@@ -116,7 +129,7 @@ func (m *Mesh) checkLinksLocked(now time.Time) {
 		}
 		if !now.Before(l.helloDue) {
 			l.helloDue = now.Add(helloEvery)
-			l.hello(m.topo.Snapshot().Digest())
+			l.hello(m.viewLocked().Digest())
 		}
 	}
 }
@@ -313,7 +326,7 @@ func (m *Mesh) unregister(l *link) {
 	m.count.lost.Add(1)
 	m.dials.Down(l.peer.Name, l.reason, now.Sub(l.began), now)
 	if m.cfg.Discovery {
-		m.dials.Discover(l.peer.Name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, m.self.UID < l.peer.UID)
+		m.dials.Discover(l.peer.Name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, dialer.First(m.self.UID, l.peer.UID))
 	}
 	m.changedLocked()
 }

@@ -271,7 +271,7 @@ func (m *Mesh) discoverLocked(now time.Time) {
 	}
 	found := make(map[peer.Name][]netip.AddrPort)
 	ports := make(map[peer.Name]peer.Info)
-	snap := m.topo.Snapshot()
+	snap := m.viewLocked()
 	for _, r := range snap.Records() {
 		if r.Name != m.self.Name && m.links[r.Name] == nil {
 			ports[r.Name] = r.Info
@@ -295,6 +295,6 @@ func (m *Mesh) discoverLocked(now time.Time) {
 	}
 	small := len(snap.Records()) <= dialer.MeshMost // else whether they can be reached anyhow shows first
 	for name, addrs := range found {
-		m.dials.Discover(name, addrs, now, small && m.self.UID < ports[name].UID)
+		m.dials.Discover(name, addrs, now, small && dialer.First(m.self.UID, ports[name].UID))
 	}
 }

@@ -9,7 +9,11 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/dialer"
 )
+
+// reachMost is of how many peers each sends to each.
+const reachMost = 300
 
 // A cluster of many peers: all join, rest, one and then a tenth crash, and for
 // a while one goes and one comes each second. WEAVE_SIM_PEERS and
@@ -23,13 +27,13 @@ func TestScale(t *testing.T) {
 		churn = d
 	}
 	simulate(t, func(c *cluster) {
-		before := heap()
+		before, most := heap(), 0
 		joining := c.measure(func() {
 			for i := range peers {
 				c.start(peer.Name(i+1), c.some(3))
 			}
-			took := c.until("join", 5*time.Minute, c.full)
-			t.Logf("%d peers: join: full view after %.1f s", peers, took.Seconds())
+			took := c.until("join", 5*time.Minute, func() string { most = max(most, c.mostLinks()); return c.full() })
+			t.Logf("%d peers: join: full view after %.1f s, at most %d links of one peer", peers, took.Seconds(), most)
 		})
 		t.Logf("join: %v", joining)
 		pass(30 * time.Second) // what follows a join
@@ -37,8 +41,17 @@ func TestScale(t *testing.T) {
 		rest := c.measure(func() { pass(time.Minute) })
 		t.Logf("rest: %v, %d kB heap and stacks per peer", rest, (heap()-before)/uint64(peers)>>10)
 		c.calm("rest")
+		if peers > 2*dialer.MeshMost && most > peers/3 {
+			t.Errorf("a peer had %d links", most)
+		}
+		if peers <= reachMost {
+			c.everybodyReached()
+		}
 		c.kill(t, 1)
 		c.kill(t, peers/10)
+		if peers <= reachMost {
+			c.everybodyReached()
+		}
 		next := peer.Name(peers)
 		busy := c.measure(func() {
 			for begin := time.Now(); time.Since(begin) < churn; pass(time.Second) {
@@ -69,4 +82,12 @@ func (c *cluster) kill(t *testing.T, n int) {
 	})
 	t.Logf("kill %d: given up by all after %.1f s, %v, %d suspicions and %d deaths of live peers", n, time.Since(begin).Seconds(), x,
 		c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
+}
+
+// mostLinks is how many links that peer has which has the most.
+func (c *cluster) mostLinks() (n int) {
+	for _, m := range c.peers {
+		n = max(n, len(m.mesh.Neighbours()))
+	}
+	return n
 }

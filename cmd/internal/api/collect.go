@@ -28,9 +28,9 @@ func (s *Server) Report() *Report {
 func (s *Server) routerReport() *RouterReport {
 	topo := s.cfg.Mesh.Topology()
 	self := s.cfg.Mesh.Self()
-	nick := make(map[peer.Name]string)
+	nick, owner := make(map[peer.Name]string), make(map[peer.ShortID]peer.Info)
 	for _, rec := range topo.Records() {
-		nick[rec.Name] = rec.NickName
+		nick[rec.Name], owner[rec.ShortID] = rec.NickName, rec.Info
 	}
 	r := &RouterReport{
 		Protocol:           "weave",
@@ -65,10 +65,8 @@ func (s *Server) routerReport() *RouterReport {
 	}
 	for _, ep := range s.cfg.Router.Endpoints() {
 		m := MACReport{Mac: ep.MAC.String()}
-		for _, rec := range topo.Records() {
-			if rec.ShortID == ep.Peer {
-				m.Name, m.NickName = rec.Name.String(), rec.NickName
-			}
+		if o, ok := owner[ep.Peer]; ok {
+			m.Name, m.NickName = o.Name.String(), o.NickName
 		}
 		for _, a := range ep.Addrs {
 			m.Addresses = append(m.Addresses, a.String())

@@ -216,8 +216,12 @@ func (a *Allocator) meet(now time.Time, from peer.Name, m message.Meeting) {
 		start := register.Message{Kind: register.KindStart, Range: a.cfg.Range, Store: a.self.Store}
 		a.post(from, start.Append([]byte{message.KindRegister}))
 	case !mine && !m.Empty:
-		a.disagree(now, from, fmt.Sprintf("%s belongs to cluster %s and this peer to cluster %s, and both have addresses in use; run weave reset on one side",
-			a.nick(from), m.Cluster, st.Cluster))
+		text := fmt.Sprintf("%s belongs to cluster %s and this peer to cluster %s, and both have addresses in use; run weave reset on one side",
+			a.nick(from), m.Cluster, st.Cluster)
+		a.disagree(now, from, text)
+		if a.cfg.Stranger != nil {
+			a.cfg.Stranger(from, text)
+		}
 	}
 	a.sendMeet(now, from, s)
 }

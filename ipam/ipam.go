@@ -70,6 +70,9 @@ type Config struct {
 	Reachable func() []peer.Name     // live peers without self
 	Nick      func(peer.Name) string // for people; nil or "": the name
 	Changed   func()                 // the register changed; may be nil
+	// Stranger says that a peer belongs to another cluster that can never be one
+	// with ours, in words: there should be no link to it. May be nil.
+	Stranger func(peer peer.Name, reason string)
 
 	// Lease is how long this peer may go without a majority of keepers before
 	// it hands out nothing more and its containers are cut off; a little later

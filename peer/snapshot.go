@@ -293,6 +293,40 @@ func (s Snapshot) Connected(a, b Name) bool {
 	return okA && okB && s.g.row(i)[j/64]&(1<<(j%64)) != 0
 }
 
+// ReachesAround says whether there is a way to a neighbour besides the link to
+// it.
+func (s Snapshot) ReachesAround(name Name) bool {
+	if s.g == nil {
+		return false
+	}
+	i, ok := s.g.index(name)
+	if !ok || i == s.g.self {
+		return false
+	}
+	near := slices.Clone(s.g.row(s.g.self))
+	near[i/64] &^= 1 << (i % 64)
+	left := make([]uint64, s.g.words)
+	for k := range left {
+		left[k] = ^uint64(0)
+	}
+	left[s.g.self/64] &^= 1 << (s.g.self % 64)
+	left[i/64] &^= 1 << (i % 64)
+	for found := []int{i}; len(found) > 0; {
+		row := s.g.row(found[len(found)-1])
+		found = found[:len(found)-1]
+		for k, w := range row {
+			if w &= left[k]; w&near[k] != 0 {
+				return true
+			}
+			left[k] &^= w
+			for ; w != 0; w &= w - 1 {
+				found = append(found, k*64+bits.TrailingZeros64(w))
+			}
+		}
+	}
+	return false
+}
+
 // Tree returns our place in the broadcast tree of source: the neighbour its
 // broadcasts come from (0 when source is ourselves) and those they go on to.
 // It is false when source cannot reach us.

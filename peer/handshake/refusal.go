@@ -8,6 +8,7 @@ const (
 	RefuseCollision = 3 // the name belongs to another live peer
 	RefuseLimit     = 4
 	RefusePassword  = 5 // one has another password than the other, or none
+	RefuseStranger  = 6 // it belongs to another cluster
 )
 
 // Refusal is the reason why one end does not want a link.

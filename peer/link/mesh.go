@@ -138,10 +138,12 @@ type Mesh struct {
 	windows   map[peer.Name]*window // broadcasts seen, by source
 	lastSeq   uint64                // of our broadcasts
 	excluded  map[peer.Name]bool    // peers without a link since their password is good no more
-	summed    time.Time             // when we last sent a summary
-	noData    map[peer.Name]bool    // neighbours over whose links no data path works
-	stale     bool                  // our record does not say what is
-	overtaken bool                  // a record under our name supersedes ours
+	strangers map[peer.Name]unwanted
+	trimmed   time.Time          // when links over the limit were last looked at
+	summed    time.Time          // when we last sent a summary
+	noData    map[peer.Name]bool // neighbours over whose links no data path works
+	stale     bool               // our record does not say what is
+	overtaken bool               // a record under our name supersedes ours
 	twin      twin
 	discovery bool // addresses to dial have to be looked at again
 }
@@ -161,27 +163,28 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 	}
 	now := time.Now()
 	m := &Mesh{
-		cfg:      cfg,
-		log:      cfg.Log,
-		listener: l,
-		changes:  make(chan struct{}, 1),
-		streams:  make(chan Stream, maxStreams),
-		kick:     make(chan struct{}, 1),
-		lookups:  make(chan lookup),
-		ended:    make(chan struct{}),
-		handlers: make(map[byte]HandleFunc),
-		self:     cfg.Self,
-		keys:     cfg.Keys,
-		topo:     linkstate.New(cfg.Self, uint64(now.UnixNano())),
-		links:    make(map[peer.Name]*link),
-		dials:    dialer.New(cfg.Self.Port),
-		turned:   make(turned),
-		nonces:   make(map[uint64]time.Time),
-		excluded: make(map[peer.Name]bool),
-		readers:  make(map[chan struct{}]struct{}),
-		windows:  make(map[peer.Name]*window),
-		lastSeq:  uint64(now.UnixNano()),
-		stale:    true,
+		cfg:       cfg,
+		log:       cfg.Log,
+		listener:  l,
+		changes:   make(chan struct{}, 1),
+		streams:   make(chan Stream, maxStreams),
+		kick:      make(chan struct{}, 1),
+		lookups:   make(chan lookup),
+		ended:     make(chan struct{}),
+		handlers:  make(map[byte]HandleFunc),
+		self:      cfg.Self,
+		keys:      cfg.Keys,
+		topo:      linkstate.New(cfg.Self, uint64(now.UnixNano())),
+		links:     make(map[peer.Name]*link),
+		dials:     dialer.New(cfg.Self.Port),
+		turned:    make(turned),
+		nonces:    make(map[uint64]time.Time),
+		excluded:  make(map[peer.Name]bool),
+		strangers: make(map[peer.Name]unwanted),
+		readers:   make(map[chan struct{}]struct{}),
+		windows:   make(map[peer.Name]*window),
+		lastSeq:   uint64(now.UnixNano()),
+		stale:     true,
 	}
 	m.readers[m.changes] = struct{}{}
 	m.chooseShortIDLocked()

@@ -191,6 +191,7 @@ func (m *Mesh) handleHello(l *link, body []byte) error {
 
 // linkStateLocked takes a message about link state.
 func (m *Mesh) linkStateLocked(l *link, typ byte, body []byte) error {
+	m.viewLocked() // as it is before
 	res, err := m.topo.Receive(typ, body)
 	for _, twin := range res.Twins {
 		if !m.overtaken {
@@ -201,7 +202,6 @@ func (m *Mesh) linkStateLocked(l *link, typ byte, body []byte) error {
 	}
 	l.sendUrgent(frames(res.Reply))
 	if len(res.Forward) > 0 {
-		m.viewLocked()
 		m.news = m.news.add(l.peer.Name, res.Forward)
 		signal(m.kick)
 	}

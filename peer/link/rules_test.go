@@ -104,11 +104,61 @@ func TestConnLimit(t *testing.T) {
 	a := h.start(1, nil, limit(1))
 	b := h.start(2, []peer.Name{1}, noDiscovery)
 	until(t, "link", 3*time.Second, meshed(1, a, b))
+	// Whoever has no other way gets in, and has to go when there is one.
 	c := h.start(3, []peer.Name{1}, noDiscovery)
-	until(t, "refusal", 3*time.Second, func() bool {
-		rows := c.Connections()
-		return len(rows) == 1 && strings.Contains(rows[0].Err, "limit of 1 links")
+	links := func(n *node, want int) bool {
+		return len(n.Neighbours()) == want && len(n.Topology().Reachable()) == 2
+	}
+	until(t, "guest", 3*time.Second, func() bool { return links(a, 2) && links(b, 1) && links(c, 1) })
+	if err := c.Connect([]string{addrOf(2).String()}); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "one has to go", 6*time.Second, func() bool { return links(a, 1) })
+	until(t, "refusal", 6*time.Second, func() bool {
+		for _, n := range []*node{b, c} {
+			for _, r := range n.Connections() {
+				if r.State == Failed && strings.Contains(r.Err, "refused by the other end: limit of 1 links") {
+					return len(a.Topology().Reachable()) == 2
+				}
+			}
+		}
+		return false
 	})
+}
+
+// A peer of another cluster is refused with the reason at both ends, seldom
+// tries again, and is taken when somebody says so.
+func TestStranger(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a := h.start(1, nil)
+	b := h.start(2, []peer.Name{1})
+	c := h.start(3, []peer.Name{1})
+	until(t, "mesh", 3*time.Second, meshed(2, a, b, c))
+	a.Refuse(3, "it belongs elsewhere")
+	b.Refuse(3, "it belongs elsewhere")
+	until(t, "parted", 3*time.Second, func() bool { return meshed(1, a, b)() && meshed(0, c)() })
+	shown := func(n *node) func() bool {
+		return func() bool {
+			return slices.ContainsFunc(n.Connections(), func(r Connection) bool {
+				return r.State == Failed && strings.Contains(r.Err, "it belongs elsewhere")
+			})
+		}
+	}
+	until(t, "reason there", 3*time.Second, shown(c))
+	until(t, "reason here", 3*time.Second, shown(a))
+	made := c.Counters()["links_established"]
+	until(t, "another attempt", 5*time.Second, func() bool {
+		rows := c.Connections()
+		return len(rows) > 0 && strings.Contains(rows[0].Err, "refused by the other end")
+	})
+	if n := c.Counters()["links_established"]; n != made {
+		t.Errorf("%d links were made after the refusal", n-made)
+	}
+	if err := errors.Join(a.Connect([]string{addrOf(3).String()}), b.Connect([]string{addrOf(3).String()})); err != nil {
+		t.Error(err)
+	}
+	until(t, "mesh again", 3*time.Second, meshed(2, a, b, c))
 }
 
 func TestShortIDsAreMadeUnique(t *testing.T) {

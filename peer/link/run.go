@@ -58,22 +58,25 @@ func (m *Mesh) Run(ctx context.Context) error {
 
 // loop does what time or a change demands.
 func (m *Mesh) loop(ctx context.Context) {
-	tick := time.NewTicker(tickEvery)
-	defer tick.Stop()
+	timer := time.NewTimer(tickEvery)
+	defer timer.Stop()
 	var originated, expired, spread, discovered time.Time
 	for {
-		now := time.Now()
-		var wait <-chan time.Time
+		now, next := time.Now(), tickEvery
+		due := func(last *time.Time, every time.Duration) bool {
+			if wait := every - now.Sub(*last); wait > 0 {
+				next = min(next, wait)
+				return false
+			}
+			*last = now
+			return true
+		}
 		m.mu.Lock()
-		if d := newsEvery - now.Sub(spread); len(m.news) > 0 && d <= 0 {
-			spread = now
+		if len(m.news) > 0 && due(&spread, newsEvery) {
 			m.newsLocked()
-		} else if len(m.news) > 0 {
-			wait = time.After(d)
 		}
 		peers := len(m.viewLocked().Records())
-		if m.stale && now.Sub(originated) >= originateEvery*time.Duration(1+peers/originateStep) || m.overtaken && now.Sub(originated) >= m.twin.wait() {
-			originated = now
+		if m.stale && due(&originated, originateEvery*time.Duration(1+peers/originateStep)) || m.overtaken && due(&originated, m.twin.wait()) {
 			m.originateLocked()
 		}
 		if now.Sub(expired) >= expireEvery {
@@ -81,8 +84,7 @@ func (m *Mesh) loop(ctx context.Context) {
 			m.expireLocked(now)
 		}
 		m.checkLinksLocked(now)
-		if m.discovery && now.Sub(discovered) >= discoverStep*time.Duration(peers) {
-			discovered = now
+		if m.discovery && due(&discovered, discoverStep*time.Duration(peers)) {
 			m.discovery = false
 			m.discoverLocked(now)
 			m.dials.Wake(m.viewLocked().Reaches, m.linkedLocked, now)
@@ -93,11 +95,11 @@ func (m *Mesh) loop(ctx context.Context) {
 		for _, j := range jobs {
 			m.tasks.Go(func() { m.attempt(ctx, j) })
 		}
+		timer.Reset(next)
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
-		case <-wait:
+		case <-timer.C:
 		case <-m.kick:
 		}
 	}
@@ -118,7 +120,11 @@ func (m *Mesh) expireLocked(now time.Time) {
 
 // checkLinksLocked sends hellos and ends links that are dead.
 func (m *Mesh) checkLinksLocked(now time.Time) {
+	m.trimLocked(now)
 	for _, l := range m.links {
+		if m.partLocked(l, now) {
+			continue
+		}
 		if silent := l.conn.silence(now); silent > deadAfter {
 			l.stop(fmt.Errorf("nothing heard for %.1fs", silent.Seconds()))
 			continue
@@ -137,11 +143,6 @@ func (m *Mesh) checkLinksLocked(now time.Time) {
 func (m *Mesh) linkedLocked(name peer.Name) bool {
 	l := m.links[name]
 	return l != nil && !l.ended()
-}
-
-// roomLocked says whether there may be one more link.
-func (m *Mesh) roomLocked() bool {
-	return m.cfg.ConnLimit <= 0 || len(m.links) < m.cfg.ConnLimit
 }
 
 // accept takes incoming connections until the listener closes.
@@ -188,12 +189,12 @@ func (m *Mesh) refused(conn net.Conn, h *handshake.Other, err error) {
 	}
 	r := (*handshake.Refusal)(nil)
 	known := errors.As(err, &r)
-	if known && (r.Code == handshake.RefusePassword || r.Code == handshake.RefuseCollision) {
+	if known && (r.Code == handshake.RefusePassword || r.Code == handshake.RefuseCollision || r.Code == handshake.RefuseStranger) {
 		m.mu.Lock()
 		known = m.turned.add(addrPort(conn.RemoteAddr()), r.Reason, time.Now())
 		m.mu.Unlock()
 	}
-	if known && (r.Code == handshake.RefuseCollision || r.Code == handshake.RefuseLimit || r.Code == handshake.RefusePassword) {
+	if known && (r.Code == handshake.RefuseCollision || r.Code == handshake.RefuseLimit || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseStranger) {
 		m.log.Warn("incoming link refused", "from", conn.RemoteAddr(), "peer", who, "err", err)
 		return
 	}
@@ -272,9 +273,12 @@ func (m *Mesh) admitLocked(h *handshake.Other) *handshake.Refusal {
 		return &handshake.Refusal{Code: handshake.RefuseCollision, Reason: fmt.Sprintf(
 			"both ends have the name %s: start one of them with another --name", p.Name)}
 	}
+	if r := m.strangeLocked(p); r != nil {
+		return r
+	}
 	old := m.links[p.Name]
 	if old == nil || old.ended() {
-		if !m.roomLocked() {
+		if !m.roomLocked() && !m.guestLocked(p.Name) {
 			return &handshake.Refusal{Code: handshake.RefuseLimit, Reason: fmt.Sprintf("limit of %d links reached", m.cfg.ConnLimit)}
 		}
 		return nil
@@ -325,7 +329,7 @@ func (m *Mesh) unregister(l *link) {
 	m.stale = true
 	m.count.lost.Add(1)
 	m.dials.Down(l.peer.Name, l.reason, now.Sub(l.began), now)
-	if m.cfg.Discovery {
+	if m.cfg.Discovery && m.strangeLocked(l.peer) == nil {
 		m.dials.Discover(l.peer.Name, []netip.AddrPort{listening(l.outbound, l.remote, l.peer.Port)}, now, dialer.First(m.self.UID, l.peer.UID))
 	}
 	m.changedLocked()

@@ -88,6 +88,7 @@ func (m *Mesh) setTargets(targets []string, replace bool) error {
 	now := time.Now()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	clear(m.strangers)
 	if replace {
 		for _, t := range m.dials.Targets() {
 			if _, keep := bad[t]; !keep {
@@ -229,7 +230,7 @@ func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, dialer.Ou
 	if r := (*handshake.Refusal)(nil); errors.As(err, &r) {
 		o.Self = r.Code == handshake.RefuseSelf
 		o.Collision = r.Code == handshake.RefuseCollision
-		o.Refused = o.Collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit
+		o.Refused = o.Collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit || r.Code == handshake.RefuseStranger
 		if r.Code == handshake.RefuseDuplicate {
 			o.Err = nil
 		}
@@ -273,7 +274,7 @@ func (m *Mesh) discoverLocked(now time.Time) {
 	ports := make(map[peer.Name]peer.Info)
 	snap := m.viewLocked()
 	for _, r := range snap.Records() {
-		if r.Name != m.self.Name && m.links[r.Name] == nil {
+		if r.Name != m.self.Name && m.links[r.Name] == nil && m.strangeLocked(r.Info) == nil {
 			ports[r.Name] = r.Info
 			found[r.Name] = nil
 		}

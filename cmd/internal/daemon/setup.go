@@ -227,9 +227,10 @@ func (d *daemon) openIPAM() error {
 			d.gossip.Announce(ipamState)
 			d.router.Recheck()
 		},
-		Lease: d.cfg.Lease,
-		Fence: func(until time.Duration) error { return d.router.SetLease(until) },
-		Lost:  func(owner string, addr netip.Prefix) { d.attach.Lose(owner, addr) },
+		Stranger: d.mesh.Refuse,
+		Lease:    d.cfg.Lease,
+		Fence:    func(until time.Duration) error { return d.router.SetLease(until) },
+		Lost:     func(owner string, addr netip.Prefix) { d.attach.Lose(owner, addr) },
 		Holder: func(addr netip.Addr) (string, bool) {
 			if d.plugin == nil {
 				return "", true

@@ -19,13 +19,7 @@ const reachMost = 300
 // a while one goes and one comes each second. WEAVE_SIM_PEERS and
 // WEAVE_SIM_CHURN (a duration) make it larger and longer.
 func TestScale(t *testing.T) {
-	peers, churn := 30, 5*time.Second
-	if n, err := strconv.Atoi(os.Getenv("WEAVE_SIM_PEERS")); err == nil {
-		peers = n
-	}
-	if d, err := time.ParseDuration(os.Getenv("WEAVE_SIM_CHURN")); err == nil {
-		churn = d
-	}
+	peers, churn := size(30), lasting(t, "WEAVE_SIM_CHURN", 5*time.Second)
 	simulate(t, func(c *cluster) {
 		before, most := heap(), 0
 		joining := c.measure(func() {
@@ -52,18 +46,18 @@ func TestScale(t *testing.T) {
 		if peers <= reachMost {
 			c.everybodyReached()
 		}
-		next := peer.Name(peers)
-		busy := c.measure(func() {
-			for begin := time.Now(); time.Since(begin) < churn; pass(time.Second) {
-				next++
-				c.start(next, c.some(3))
-				c.crash(c.order[rand.IntN(len(c.order))])
-			}
-		})
-		t.Logf("churn: %v", busy)
-		t.Logf("after churn: full view after %.1f s, %d suspicions and %d deaths of live peers", c.until("churn", 5*time.Minute, c.full).Seconds(),
-			c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
+		if churn > 0 {
+			c.churn(t, peer.Name(peers), churn)
+		}
 	})
+}
+
+// size is a number of peers that the environment may make larger.
+func size(n int) int {
+	if more, err := strconv.Atoi(os.Getenv("WEAVE_SIM_PEERS")); err == nil {
+		return more
+	}
+	return n
 }
 
 // some returns up to n of the peers there are.
@@ -90,4 +84,20 @@ func (c *cluster) mostLinks() (n int) {
 		n = max(n, len(m.mesh.Neighbours()))
 	}
 	return n
+}
+
+// churn has one peer go and one come each second for a while.
+func (c *cluster) churn(t *testing.T, last peer.Name, d time.Duration) {
+	t.Helper()
+	next := last
+	busy := c.measure(func() {
+		for begin := time.Now(); time.Since(begin) < d; pass(time.Second) {
+			next++
+			c.start(next, c.some(3))
+			c.crash(c.order[rand.IntN(len(c.order))])
+		}
+	})
+	t.Logf("churn: %v", busy)
+	t.Logf("after churn: full view after %.1f s, %d suspicions and %d deaths of live peers", c.until("churn", 5*time.Minute, c.full).Seconds(),
+		c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
 }

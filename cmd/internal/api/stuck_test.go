@@ -91,19 +91,25 @@ func TestStatusNeverWaits(t *testing.T) {
 	for request, want := range map[string]string{
 		"/status": "Name", "/status/peers": "one", "/status/connections": "127.0.0.2:1", "/report": `"NickName": "one"`,
 	} {
-		answer := make(chan *httptest.ResponseRecorder, 1)
-		go func() {
-			w := httptest.NewRecorder()
-			h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, request, nil))
-			answer <- w
-		}()
-		select {
-		case w := <-answer:
-			if w.Code != http.StatusOK || !strings.Contains(w.Body.String(), want) {
-				t.Errorf("%s: %d %s", request, w.Code, w.Body)
-			}
-		case <-time.After(10 * time.Second):
-			t.Fatalf("%s waits for the kernel", request)
+		answers(t, h, request, want)
+	}
+}
+
+// answers asks for a page and looks for a word on it.
+func answers(t *testing.T, h http.Handler, request, want string) {
+	t.Helper()
+	answer := make(chan *httptest.ResponseRecorder, 1)
+	go func() {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, request, nil))
+		answer <- w
+	}()
+	select {
+	case w := <-answer:
+		if w.Code != http.StatusOK || !strings.Contains(w.Body.String(), want) {
+			t.Errorf("%s: %d %s", request, w.Code, w.Body)
 		}
+	case <-time.After(10 * time.Second):
+		t.Fatalf("%s waits for the kernel", request)
 	}
 }

@@ -19,6 +19,7 @@ func lifeCommands(e *env) []*cobra.Command {
 func standInCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:    daemon.StandInCommand,
+		Short:  "Answer Docker while no daemon does; the daemon starts it",
 		Hidden: true,
 		Args:   cobra.NoArgs,
 		RunE:   func(cmd *cobra.Command, _ []string) error { return standin.Serve(cmd.Context()) },

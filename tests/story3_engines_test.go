@@ -126,6 +126,8 @@ func testBothWays(t *testing.T, l *lab.Lab) {
 		if r.Code == 0 || !strings.Contains(r.Stderr, "10.32.2.7") {
 			t.Errorf("%s: an address of another's: exit %d, %s", h.Name, r.Code, r.Stderr)
 		}
+	}
+	for _, h := range l.Hosts {
 		must(t, h, "sh", "-c", "docker rm -f $(docker ps -aq) && docker network rm own")
 	}
 }

@@ -11,7 +11,7 @@ func TestFromLaunchToReset(t *testing.T) {
 	l := hosts(t)
 	before := map[string]lab.State{}
 	for _, h := range l.Hosts {
-		must(t, h, "docker", "run", "--rm", "busybox", "true") // leaves what Docker leaves anyway
+		must(t, h, "docker", "run", "--rm", "--net=none", "busybox", "true") // leaves what Docker leaves anyway
 		before[h.Name] = state(t, h)
 	}
 	step(t, "help", func(t *testing.T) { testHelp(t, l.Host("u1")) })

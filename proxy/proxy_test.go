@@ -275,6 +275,40 @@ func TestAnswerBeforeEndOfRequest(t *testing.T) {
 	_ = feed.Close()
 }
 
+// What is left of a body when the answer is complete is not taken for another
+// request, however late it comes.
+func TestRestOfBody(t *testing.T) {
+	const piece = 1000
+	e := newEngine(t, func(w http.ResponseWriter, r *http.Request) {
+		_ = http.NewResponseController(w).EnableFullDuplex()
+		if _, err := io.ReadFull(r.Body, make([]byte, piece)); err != nil {
+			t.Error(err)
+		}
+		_, _ = io.WriteString(w, "done")
+	})
+	p := startProxy(t, e, nil)
+	conn := p.dial(t)
+	in := bufio.NewReader(conn)
+	answer := func(request, want string) {
+		t.Helper()
+		_, _ = io.WriteString(conn, request)
+		resp, err := http.ReadResponse(in, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		if got, err := io.ReadAll(resp.Body); err != nil || string(got) != want {
+			t.Fatalf("%q, %v; want %q", got, err, want)
+		}
+	}
+	answer("GET /_ping HTTP/1.1\r\nHost: docker\r\n\r\n", "")
+	answer("POST /images/load HTTP/1.1\r\nHost: docker\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n"+strings.Repeat("x", piece)+"\r\n", "done")
+	_, _ = io.WriteString(conn, "0\r\n\r\n")
+	if more, err := io.ReadAll(in); err != nil || len(more) > 0 {
+		t.Errorf("behind the answer: %q, %v", more, err)
+	}
+}
+
 // A kept connection that the engine closed fails no request, and requests that
 // must not be done twice are sent once.
 func TestEngineClosesConnections(t *testing.T) {

@@ -31,11 +31,17 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		p.inspect(w, r)
 	case r.ContentLength >= 0 && (r.Header.Get("Upgrade") != "" || streams(r.Method, path)):
 		p.tunnel(w, r)
+	case uploads(r):
+		p.upload(w, r)
 	default:
-		// The engine answers a build while it is still reading it.
-		_ = http.NewResponseController(w).EnableFullDuplex()
 		p.forward.ServeHTTP(w, r)
 	}
+}
+
+// uploads says whether the engine may answer before it has read the whole body,
+// as it does for a build and for the end of an archive that it has no use for.
+func uploads(r *http.Request) bool {
+	return (r.ContentLength < 0 || r.ContentLength > smallBody) && r.ProtoAtLeast(1, 1) && r.ProtoMajor == 1 && r.Header.Get("Upgrade") == ""
 }
 
 // part says whether a call is one that the proxy does something about.

@@ -20,6 +20,9 @@ import (
 
 const (
 	maxHead = 256 << 10 // bytes of the head of an answer
+	// smallBody is how many bytes of a body are read before its request is
+	// answered.
+	smallBody = 64 << 10
 	// lastWords is how long a client may go on sending after the engine has
 	// ended the stream.
 	lastWords = 10 * time.Second
@@ -86,19 +89,73 @@ func (p *Proxy) tunnel(w http.ResponseWriter, r *http.Request) {
 	splice(client, buffered.Reader, back, in)
 }
 
+// upload serves a request with a large body. Its bytes and those of the answer
+// go through unread, and at the same time; then the connection ends, since
+// whatever comes after the body is no request that we would see. (The server of
+// net/http may take what is left of a body for the next request when an answer
+// has overtaken it.)
+func (p *Proxy) upload(w http.ResponseWriter, r *http.Request) {
+	back, err := p.cfg.Docker.Dial(r.Context())
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	defer func() { _ = back.Close() }()
+	if !p.tunnels.add(back) {
+		return
+	}
+	defer p.tunnels.remove(back)
+	r.Header.Set("Connection", "close")
+	if r.ContentLength < 0 {
+		r.Header.Set("Transfer-Encoding", "chunked")
+	}
+	head, err := requestHead(r)
+	if err == nil {
+		_, err = back.Write(head)
+	}
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	client, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return
+	}
+	defer func() { _ = client.Close() }()
+	if !p.tunnels.add(client) {
+		return
+	}
+	defer p.tunnels.remove(client)
+	splice(client, buffered.Reader, back, bufio.NewReader(back))
+	// What the engine did not want: closing before it has come would look like
+	// a failure to the client.
+	_, _ = io.Copy(io.Discard, client)
+}
+
+// requestHead is the head of a request as it came.
+func requestHead(r *http.Request) ([]byte, error) {
+	var head bytes.Buffer
+	fmt.Fprintf(&head, "%s %s HTTP/1.1\r\nHost: %s\r\n", r.Method, r.RequestURI, r.Host)
+	if err := r.Header.Write(&head); err != nil {
+		return nil, err
+	}
+	head.WriteString("\r\n")
+	return head.Bytes(), nil
+}
+
 // exchange sends a request as it came and reads the head of the answer, which
 // it also returns byte for byte.
 func exchange(back net.Conn, in *bufio.Reader, r *http.Request) ([]byte, *http.Response, error) {
-	var req bytes.Buffer
-	fmt.Fprintf(&req, "%s %s HTTP/1.1\r\nHost: %s\r\n", r.Method, r.RequestURI, r.Host)
-	if err := r.Header.Write(&req); err != nil {
+	req, err := requestHead(r)
+	if err != nil {
 		return nil, nil, err
 	}
-	req.WriteString("\r\n")
-	if _, err := io.Copy(&req, r.Body); err != nil {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
 		return nil, nil, err
 	}
-	if _, err := back.Write(req.Bytes()); err != nil {
+	if _, err := back.Write(append(req, body...)); err != nil {
 		return nil, nil, err
 	}
 	for {

@@ -53,6 +53,7 @@ func TestEngines(t *testing.T) {
 	step(t, "flags", func(t *testing.T) { testFlags(t, l, subnets) })
 	step(t, "both ways", func(t *testing.T) { testBothWays(t, l) })
 	step(t, "compose", func(t *testing.T) { testCompose(t, u3) })
+	step(t, "docker", func(t *testing.T) { testDockerAsWithout(t, u3) })
 	step(t, "restart", func(t *testing.T) { testEngineRestart(t, u3) })
 }
 

@@ -25,7 +25,7 @@ func testHolders(t *testing.T, l *lab.Lab, held *container) {
 		if h == held.Host {
 			where = "this host"
 		}
-		must(t, h, "docker", "run", "-d", "--name", "bare", "--net=none", "busybox", "sleep", "3600")
+		must(t, h, "docker", "run", "-d", "--name", "asker", "--net=none", "busybox", "sleep", "3600")
 		taken := fmt.Sprintf("%s is held by container %s on %s", addr, id, where)
 		for _, c := range []struct {
 			want string
@@ -33,9 +33,9 @@ func testHolders(t *testing.T, l *lab.Lab, held *container) {
 		}{
 			{taken, []string{"docker", "-H", proxySocket, "run", "--rm", "-e", "WEAVE_CIDR=ip:" + held.addr.String(), "busybox", "true"}},
 			{taken, []string{"docker", "run", "--rm", "--net=held", "--ip", addr.String(), "busybox", "true"}},
-			{taken, []string{"weave", "attach", held.addr.String(), "bare"}},
+			{taken, []string{"weave", "attach", held.addr.String(), "asker"}},
 			{full, []string{"docker", "-H", proxySocket, "run", "--rm", "-e", "WEAVE_CIDR=" + small, "busybox", "true"}},
-			{full, []string{"weave", "attach", small, "bare"}},
+			{full, []string{"weave", "attach", small, "asker"}},
 		} {
 			r := h.Run(t.Context(), c.args...)
 			t.Logf("%s: %s: %s", h.Name, strings.Join(c.args, " "), r.Stderr)
@@ -46,7 +46,7 @@ func testHolders(t *testing.T, l *lab.Lab, held *container) {
 				t.Errorf("%s: %q does not say who has them", h.Name, r.Stderr)
 			}
 		}
-		must(t, h, "docker", "rm", "-f", "bare")
+		must(t, h, "docker", "rm", "-f", "asker")
 		must(t, h, "docker", "network", "rm", "held")
 	}
 	must(t, held.Host, "docker", "rm", "-f", "small1")

@@ -165,6 +165,9 @@ func (h *Host) Reboot(ctx context.Context) error {
 		return fmt.Errorf("keep /etc: %w", err)
 	}
 	h.Crash()
+	// Its cable goes with its namespace, but when is up to the kernel; an error
+	// says that it has gone.
+	_ = batch(ctx, h.lab.sw.ns("net"), "link del "+h.port())
 	if err := h.boot(ctx); err != nil {
 		return fmt.Errorf("boot: %w", err)
 	}

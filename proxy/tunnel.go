@@ -50,18 +50,11 @@ func isStream(resp *http.Response) bool {
 func (p *Proxy) tunnel(w http.ResponseWriter, r *http.Request) {
 	// A client that has nothing to send closes its half at once, which ends
 	// the request's context but not the stream.
-	ctx := context.WithoutCancel(r.Context())
-	back, err := p.cfg.Docker.Dial(ctx)
-	if err != nil {
-		p.forward.ErrorHandler(w, r, err)
+	back, end := p.toEngine(w, r.WithContext(context.WithoutCancel(r.Context())))
+	if back == nil {
 		return
 	}
-	if !p.tunnels.add(back) {
-		_ = back.Close()
-		return
-	}
-	defer p.tunnels.remove(back)
-	defer func() { _ = back.Close() }()
+	defer end()
 	in := bufio.NewReader(back)
 	head, resp, err := exchange(back, in, r)
 	if err != nil {
@@ -73,6 +66,30 @@ func (p *Proxy) tunnel(w http.ResponseWriter, r *http.Request) {
 		relay(w, resp)
 		return
 	}
+	p.couple(w, r, head, back, in)
+}
+
+// toEngine is a connection to the engine, and what ends it; nil when the client
+// has been told that there is none, or the proxy ends.
+func (p *Proxy) toEngine(w http.ResponseWriter, r *http.Request) (back net.Conn, end func()) {
+	back, err := p.cfg.Docker.Dial(r.Context())
+	if err != nil {
+		p.forward.ErrorHandler(w, r, err)
+		return nil, nil
+	}
+	if !p.tunnels.add(back) {
+		_ = back.Close()
+		return nil, nil
+	}
+	return back, func() {
+		_ = back.Close()
+		p.tunnels.remove(back)
+	}
+}
+
+// couple sends head to the client, and then all that comes both ways until both
+// have ended.
+func (p *Proxy) couple(w http.ResponseWriter, r *http.Request, head []byte, back net.Conn, in *bufio.Reader) {
 	client, buffered, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		p.forward.ErrorHandler(w, r, err)
@@ -87,6 +104,9 @@ func (p *Proxy) tunnel(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	splice(client, buffered.Reader, back, in)
+	// What the engine did not want: closing before it has come would look like
+	// a failure to the client.
+	_, _ = io.Copy(io.Discard, client)
 }
 
 // upload serves a request with a large body. Its bytes and those of the answer
@@ -95,16 +115,11 @@ func (p *Proxy) tunnel(w http.ResponseWriter, r *http.Request) {
 // net/http may take what is left of a body for the next request when an answer
 // has overtaken it.)
 func (p *Proxy) upload(w http.ResponseWriter, r *http.Request) {
-	back, err := p.cfg.Docker.Dial(r.Context())
-	if err != nil {
-		p.forward.ErrorHandler(w, r, err)
+	back, end := p.toEngine(w, r)
+	if back == nil {
 		return
 	}
-	defer func() { _ = back.Close() }()
-	if !p.tunnels.add(back) {
-		return
-	}
-	defer p.tunnels.remove(back)
+	defer end()
 	r.Header.Set("Connection", "close")
 	if r.ContentLength < 0 {
 		r.Header.Set("Transfer-Encoding", "chunked")
@@ -117,20 +132,7 @@ func (p *Proxy) upload(w http.ResponseWriter, r *http.Request) {
 		p.forward.ErrorHandler(w, r, err)
 		return
 	}
-	client, buffered, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		p.forward.ErrorHandler(w, r, err)
-		return
-	}
-	defer func() { _ = client.Close() }()
-	if !p.tunnels.add(client) {
-		return
-	}
-	defer p.tunnels.remove(client)
-	splice(client, buffered.Reader, back, bufio.NewReader(back))
-	// What the engine did not want: closing before it has come would look like
-	// a failure to the client.
-	_, _ = io.Copy(io.Discard, client)
+	p.couple(w, r, nil, back, bufio.NewReader(back))
 }
 
 // requestHead is the head of a request as it came.

@@ -91,6 +91,15 @@ func (l *Lease) Load(b []byte, boot string, s *State) {
 	}
 }
 
+// Learned takes in another register. A lease that it has for this peer and that is
+// not known here was asked for before the machine was started again, and nothing
+// is left of it: the others count on its end.
+func (l *Lease) Learned(s *State) {
+	if l.until == 0 && l.Length(s) > 0 {
+		l.Set(LeaseOver)
+	}
+}
+
 // want is the lease that the register is to have for this peer: none in a
 // cluster that is too small. Without a register it may be any cluster.
 func (l *Lease) want(s *State) time.Duration {

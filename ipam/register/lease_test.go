@@ -47,6 +47,29 @@ func TestLeaseLasts(t *testing.T) {
 	}
 }
 
+// Of a lease that was asked for before the machine was started again nothing is
+// left when the register that has it is learned, until it is renewed.
+func TestLeaseAskedForBeforeTheStart(t *testing.T) {
+	s := leasedState()
+	l := Lease{Self: ID{1, 1}, Want: 10 * time.Second}
+	l.Load(nil, "this boot", nil) // neither the register nor a lease of this boot
+	l.Learned(s)
+	if until := l.Fence(s, false); until != LeaseOver {
+		t.Fatalf("fence at %v", until)
+	}
+	r, ok := l.Renew(time.Hour, 7, s)
+	if !ok {
+		t.Fatal("no renewal is due")
+	}
+	for _, a := range answers(s, r, 2, 3) {
+		l.Answered(a, s)
+	}
+	l.Learned(s)
+	if until := l.Fence(s, false); until != time.Hour+10*time.Second {
+		t.Fatalf("fence at %v after a renewal", until)
+	}
+}
+
 // An answer of another committee than the one that the peer knows counts
 // nothing, nor does a keeper give one as a committee that it is not.
 func TestStaleCommittee(t *testing.T) {

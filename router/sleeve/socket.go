@@ -151,11 +151,13 @@ func (s *socket) bind(bind netip.Addr) (err error) {
 		if err != nil {
 			return err
 		}
-		s.fds = append(s.fds, fd)
+		if s.fds = append(s.fds, fd); len(s.fds) > 1 {
+			continue
+		}
 		// The first is bound before it may share the port: not with another
 		// program that has it, nor with another weave.
-		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1); err != nil {
-			return os.NewSyscallError("setsockopt", err)
+		if err := share(fd); err != nil {
+			return err
 		}
 		if s.port == 0 {
 			s.port = boundPort(fd)
@@ -179,17 +181,22 @@ func steer(fd int) {
 		&unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]})
 }
 
+// share lets a socket have its port beside others of ours.
+func share(fd int) error {
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
+}
+
 // lane is the index of the socket for what goes to n.
 func lane(n *neighbour) int { return int(n.id) % lanes }
 
-func bindSocket(family int, bind netip.Addr, port int, share bool) (int, error) {
+func bindSocket(family int, bind netip.Addr, port int, shared bool) (int, error) {
 	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return -1, err
 	}
 	err = setUpSocket(fd, family, bind)
-	if err == nil && share {
-		err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1))
+	if err == nil && shared {
+		err = share(fd)
 	}
 	if err != nil {
 		return -1, errors.Join(err, unix.Close(fd))

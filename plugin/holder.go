@@ -49,9 +49,7 @@ func (p *Plugin) findHolders(ctx context.Context) error {
 			return nil
 		case <-p.look:
 		}
-		limited, cancel := context.WithTimeout(ctx, lookupLimit)
-		_, users, err := p.engineState(limited)
-		cancel()
+		users, err := p.endpointUsers(ctx)
 		if err != nil {
 			p.cfg.Log.Warn("plugin: containers of endpoints", "err", err)
 		}
@@ -61,14 +59,21 @@ func (p *Plugin) findHolders(ctx context.Context) error {
 	}
 }
 
+// endpointUsers asks the engine, for no longer than lookupLimit, which containers
+// endpoints are of.
+func (p *Plugin) endpointUsers(ctx context.Context) (map[string]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
+	defer cancel()
+	_, users, err := p.engineState(ctx)
+	return users, err
+}
+
 // user is who has an attachment, in words.
 func (p *Plugin) user(ctx context.Context, a attach.Attachment) string {
 	if a.Kind != attach.KindEndpoint {
 		return ipam.InWords(a.ID)
 	}
-	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
-	defer cancel()
-	if _, users, err := p.engineState(ctx); err == nil && users[a.ID] != "" {
+	if users, err := p.endpointUsers(ctx); err == nil && users[a.ID] != "" {
 		return ipam.InWords(users[a.ID])
 	}
 	return ipam.InWords(ipam.Anonymous)

@@ -271,10 +271,8 @@ func (p *Plugin) isLost(ctx context.Context, a attach.Attachment) bool {
 	if !suspect {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(ctx, lookupLimit)
-	defer cancel()
-	_, endpoints, err := p.engineState(ctx)
-	return err == nil && endpoints[a.ID] == ""
+	users, err := p.endpointUsers(ctx)
+	return err == nil && users[a.ID] == ""
 }
 
 func (p *Plugin) setPending(addr netip.Addr) {

@@ -13,8 +13,7 @@ import (
 // address. The zero Name names nobody.
 type Name uint64
 
-// NameSize is the length of a Name in bytes.
-// NameSize is the length of a name on the wire, in bytes.
+// NameSize is the length of a Name on the wire, in bytes.
 const NameSize = 6
 
 // ParseName reads a name in the form 7a:0b:1c:2d:3e:4f. One run of zero

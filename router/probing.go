@@ -20,21 +20,37 @@ const reportEvery = time.Second
 // that of the other, or of the link when it is the neighbour that died.
 const noDataAfter = 1500 * time.Millisecond
 
-// refresh takes over the neighbours of the mesh. A neighbour whose control
-// link was replaced keeps what is known of its paths.
+// keepParted is how long a neighbour may be without a control link until what
+// is known of its paths is forgotten. A link is often replaced by one that comes
+// up here a moment after the other end closed the old one.
+const keepParted = time.Second
+
+// refresh takes over the neighbours of the mesh.
 func (r *Router) refresh(now time.Time) {
-	links := r.cfg.Mesh.Neighbours()
+	excluded, links := r.cfg.Mesh.TakeExcluded(), r.cfg.Mesh.Neighbours()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for _, name := range excluded { // nothing is kept for their return
+		r.plan.forget(name)
+		delete(r.memory, name)
+	}
+	r.linkedLocked(links, now)
+}
+
+// linkedLocked is told all neighbours. One whose control link was replaced keeps
+// what is known of its paths.
+func (r *Router) linkedLocked(links []link.Neighbour, now time.Time) {
+	maps.DeleteFunc(r.parted, func(_ peer.Name, n *neighbour) bool { return now.Sub(n.parted) > keepParted })
 	seen := make(map[peer.Name]bool, len(links))
 	r.byShortID = make(map[peer.ShortID]peer.Name, len(links))
 	for _, l := range links {
 		seen[l.Name] = true
-		n := r.neighbours[l.Name]
+		n := cmp.Or(r.neighbours[l.Name], r.parted[l.Name])
+		delete(r.parted, l.Name)
 		if n == nil || n.UID != l.UID {
 			n = r.newNeighbour(now)
-			r.neighbours[l.Name] = n
 		}
+		r.neighbours[l.Name] = n
 		n.Neighbour = toOverlay(l)
 		for _, p := range n.paths {
 			p.bar(barred(n.Neighbour, p.name), now)
@@ -44,14 +60,10 @@ func (r *Router) refresh(now time.Time) {
 			r.byShortID[l.ShortID] = l.Name
 		}
 	}
-	for name := range r.neighbours {
-		if seen[name] {
-			continue
-		}
-		delete(r.neighbours, name)
-		if r.cfg.Mesh.Excluded(name) { // nothing is kept for its return
-			r.plan.forget(name)
-			delete(r.memory, name)
+	for name, n := range r.neighbours {
+		if !seen[name] {
+			delete(r.neighbours, name)
+			n.parted, r.parted[name] = now, n
 		}
 	}
 }

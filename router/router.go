@@ -64,6 +64,7 @@ type Router struct {
 
 	mu         sync.Mutex // guards what follows; never held during I/O
 	neighbours map[peer.Name]*neighbour
+	parted     map[peer.Name]*neighbour // without a link for at most keepParted when last looked at
 	byShortID  map[peer.ShortID]peer.Name
 	local      map[int]localPort
 	published  bool
@@ -85,6 +86,7 @@ type neighbour struct {
 	chosen   string    // usable path in use, "" when none
 	mtu      int       // proven on the chosen path
 	carried  time.Time // when one was last usable; at first when the neighbour was met
+	parted   time.Time // when its last link ended
 }
 
 type localPort struct {
@@ -100,6 +102,7 @@ func New(cfg Config) *Router {
 		kick:       make(chan struct{}, 1),
 		nextID:     rand.Uint64,
 		neighbours: make(map[peer.Name]*neighbour),
+		parted:     make(map[peer.Name]*neighbour),
 		byShortID:  make(map[peer.ShortID]peer.Name),
 		local:      make(map[int]localPort),
 		plan:       newPlan(),

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"weave.local/peer"
+	"weave.local/peer/link"
 	"weave.local/router/overlay"
 )
 
@@ -254,5 +255,40 @@ func TestPathThatLosesANeighbourIsTheFirst(t *testing.T) {
 		if got := r.inOrder(hops(c.now)); got[0].Name() != c.first || len(got) != 2 {
 			t.Errorf("from %q to %q: %s first", c.before, c.now, got[0].Name())
 		}
+	}
+}
+
+// A link that is replaced may be gone for a moment: what is known of the paths
+// stays. A peer that was away for longer, or began anew, has to be probed again.
+func TestReplacedLinkKeepsThePaths(t *testing.T) {
+	r := &Router{paths: []overlay.Overlay{&table{}}, neighbours: map[peer.Name]*neighbour{}, parted: map[peer.Name]*neighbour{}}
+	now := time.Unix(1e9, 0)
+	kept := func(away time.Duration, uid peer.UID) bool {
+		r.linkedLocked([]link.Neighbour{{Info: peer.Info{Name: 7, UID: 1}}}, now)
+		r.neighbours[7].paths[0].up = true
+		r.linkedLocked(nil, now)
+		if len(r.neighbours) != 0 {
+			t.Error("a neighbour without a link")
+		}
+		now = now.Add(away)
+		r.linkedLocked([]link.Neighbour{{Info: peer.Info{Name: 7, UID: uid}}}, now)
+		if len(r.parted) != 0 {
+			t.Error("a neighbour is with us and away")
+		}
+		return r.neighbours[7].paths[0].up
+	}
+	if !kept(keepParted, 1) {
+		t.Error("the paths of a neighbour whose link was replaced are forgotten")
+	}
+	if kept(keepParted+1, 1) {
+		t.Error("the paths of a neighbour are remembered for ever")
+	}
+	if kept(0, 2) {
+		t.Error("a peer that began anew has the paths of the one before")
+	}
+	r.linkedLocked(nil, now)
+	r.linkedLocked(nil, now.Add(keepParted+1))
+	if len(r.parted) != 0 {
+		t.Error("a neighbour that does not come back is kept")
 	}
 }

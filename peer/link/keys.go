@@ -44,12 +44,27 @@ func (m *Mesh) outdateLocked(l *link, now time.Time) bool {
 	return true
 }
 
-// Excluded says whether the last link to a peer ended because its password is
-// good no more: the peer is no member any longer.
-func (m *Mesh) Excluded(name peer.Name) bool {
+// excludeLocked excludes peers that made no link with a good password while one
+// with another would have been let live. Whichever end closed that one: the new
+// link's other end does so before our handshake is through.
+func (m *Mesh) excludeLocked(now time.Time) {
+	for name, at := range m.outdated {
+		if now.After(at) {
+			delete(m.outdated, name)
+			m.excluded = append(m.excluded, name)
+			m.changedLocked()
+		}
+	}
+}
+
+// TakeExcluded returns, each once, the peers that are members no longer: their
+// last link's password is good no more and there was no other in time.
+func (m *Mesh) TakeExcluded() []peer.Name {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.excluded[name]
+	out := m.excluded
+	m.excluded = nil
+	return out
 }
 
 func (m *Mesh) goodKeys() []*seal.Key {

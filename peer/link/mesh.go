@@ -135,9 +135,10 @@ type Mesh struct {
 	turned    turned
 	nonces    map[uint64]time.Time // of our handshakes of late
 	readers   map[chan struct{}]struct{}
-	windows   map[peer.Name]*window // broadcasts seen, by source
-	lastSeq   uint64                // of our broadcasts
-	excluded  map[peer.Name]bool    // peers without a link since their password is good no more
+	windows   map[peer.Name]*window   // broadcasts seen, by source
+	lastSeq   uint64                  // of our broadcasts
+	outdated  map[peer.Name]time.Time // peers whose link ended while its password was good no more, and when that would have ended it
+	excluded  []peer.Name             // those that had none by then; not handed on yet
 	strangers map[peer.Name]unwanted
 	trimmed   time.Time          // when links over the limit were last looked at
 	summed    time.Time          // when we last sent a summary
@@ -179,7 +180,7 @@ func Listen(ctx context.Context, cfg Config) (*Mesh, error) {
 		dials:     dialer.New(cfg.Self.Port),
 		turned:    make(turned),
 		nonces:    make(map[uint64]time.Time),
-		excluded:  make(map[peer.Name]bool),
+		outdated:  make(map[peer.Name]time.Time),
 		strangers: make(map[peer.Name]unwanted),
 		readers:   make(map[chan struct{}]struct{}),
 		windows:   make(map[peer.Name]*window),

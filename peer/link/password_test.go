@@ -1,6 +1,7 @@
 package link
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -189,10 +190,32 @@ func TestPasswordNoMore(t *testing.T) {
 	until(t, "link", 5*time.Second, meshed(1, a, b))
 	a.SetKeys([]*seal.Key{key(t, "y")})
 	until(t, "end of the link", 2*outdatedWait, func() bool { return len(a.Neighbours()) == 0 && len(b.Neighbours()) == 0 })
-	if !a.Excluded(2) || b.Excluded(1) {
-		t.Error("the end that ended the link does not know why, or the other does")
+	until(t, "exclusion", 5*time.Second, func() bool { return slices.Equal(a.TakeExcluded(), []peer.Name{2}) })
+	if len(b.TakeExcluded()) != 0 {
+		t.Error("the end whose password is good excludes the other")
 	}
 	until(t, "reason", 5*time.Second, func() bool { return slices.Contains(b.reasons(), "true passwords differ") })
+}
+
+// A link whose password is good no more may be closed by the other end, as that
+// has a newer one already: nobody is excluded then, unless no link is made.
+func TestClosedBeforeItsPasswordEnds(t *testing.T) {
+	t.Parallel()
+	h := newHosts(t)
+	a := h.start(1, nil, password(t, "x"))
+	b := h.start(2, []peer.Name{1}, password(t, "x"))
+	until(t, "link", 5*time.Second, meshed(1, a, b))
+	begin := time.Now()
+	a.SetKeys([]*seal.Key{key(t, "y")})
+	b.mu.Lock()
+	b.links[1].stop(errors.New("closed by the test"))
+	b.mu.Unlock()
+	until(t, "end of the link", outdatedWait, func() bool { return len(a.Neighbours()) == 0 })
+	var excluded []peer.Name
+	until(t, "exclusion", 2*outdatedWait, func() bool { excluded = a.TakeExcluded(); return len(excluded) > 0 })
+	if took := time.Since(begin); took < outdatedWait || !slices.Equal(excluded, []peer.Name{2}) {
+		t.Errorf("excluded %v after %s, want peer 2 after %s", excluded, took, outdatedWait)
+	}
 }
 
 func TestTurned(t *testing.T) {

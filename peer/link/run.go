@@ -110,7 +110,6 @@ func (m *Mesh) expireLocked(now time.Time) {
 	gone := m.topo.Expire(now, keepRecords)
 	for _, name := range gone {
 		delete(m.windows, name)
-		delete(m.excluded, name)
 		m.dials.Lose(name)
 	}
 	if len(gone) > 0 {
@@ -121,6 +120,7 @@ func (m *Mesh) expireLocked(now time.Time) {
 // checkLinksLocked sends hellos and ends links that are dead.
 func (m *Mesh) checkLinksLocked(now time.Time) {
 	m.trimLocked(now)
+	m.excludeLocked(now)
 	for _, l := range m.links {
 		if m.partLocked(l, now) {
 			continue
@@ -301,7 +301,7 @@ func (m *Mesh) registerLocked(h *handshake.Other, conn *heardConn) *link {
 		old.stop(errors.New("replaced by a newer link"))
 	}
 	m.links[h.Info.Name] = l
-	delete(m.excluded, l.peer.Name)
+	delete(m.outdated, l.peer.Name)
 	m.outdateLocked(l, now) // the password may have changed during the handshake
 	snap := m.topo.Snapshot()
 	l.before, l.joins = snap.Digest(), !snap.Reaches(h.Info.Name)
@@ -324,7 +324,7 @@ func (m *Mesh) unregister(l *link) {
 	}
 	delete(m.links, l.peer.Name)
 	if !l.expires.IsZero() {
-		m.excluded[l.peer.Name] = true
+		m.outdated[l.peer.Name] = l.expires
 	}
 	m.stale = true
 	m.count.lost.Add(1)

@@ -121,10 +121,7 @@ func (a *Allocator) turn() time.Time {
 // collect keeps effects of the node until they are flushed.
 func (a *Allocator) collect(e register.Effects) {
 	a.pending.Dirty = a.pending.Dirty || e.Dirty
-	if e.Learned {
-		a.pending.Learned = true
-		a.lease.Learned(a.node.State())
-	}
+	a.pending.Learned = a.pending.Learned || e.Learned
 	for _, env := range e.Send {
 		a.post(env.To, env.Append([]byte{message.KindRegister}))
 	}

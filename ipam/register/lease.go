@@ -77,25 +77,24 @@ func (l *Lease) Append(b []byte, boot string) []byte {
 }
 
 // Load takes over what an earlier run wrote, if that was in the same boot. Of a
-// lease that is not known, nothing is left.
+// lease of which the end is not known, nothing is left: one that s has, or one
+// that was written in another boot, which may have been asked for only and then
+// be in a later register than s.
 func (l *Lease) Load(b []byte, boot string, s *State) {
-	if len(b) > 9 && b[0] == Format && string(b[9:]) == boot {
-		l.Set(time.Duration(binary.BigEndian.Uint64(b[1:])))
-		return
+	var until time.Duration
+	if len(b) > 9 && b[0] == Format {
+		until = time.Duration(binary.BigEndian.Uint64(b[1:]))
+		if string(b[9:]) == boot {
+			l.Set(until)
+			return
+		}
 	}
-	if s == nil {
-		return
+	held := until != 0
+	if s != nil {
+		m, ok := s.Member(l.Self.Name)
+		held = held || !ok || m.Lease > 0
 	}
-	if m, ok := s.Member(l.Self.Name); !ok || m.Lease > 0 {
-		l.Set(LeaseOver)
-	}
-}
-
-// Learned takes in another register. A lease that it has for this peer and that is
-// not known here was asked for before the machine was started again, and nothing
-// is left of it: the others count on its end.
-func (l *Lease) Learned(s *State) {
-	if l.until == 0 && l.Length(s) > 0 {
+	if held {
 		l.Set(LeaseOver)
 	}
 }

@@ -47,26 +47,42 @@ func TestLeaseLasts(t *testing.T) {
 	}
 }
 
-// Of a lease that was asked for before the machine was started again nothing is
-// left when the register that has it is learned, until it is renewed.
+// A lease may have been given after the machine was started again, or to be
+// learned then: of one that was asked for before that nothing is left until it is
+// renewed.
 func TestLeaseAskedForBeforeTheStart(t *testing.T) {
-	s := leasedState()
+	given := leasedState()
+	asked := leasedState()
+	asked.Members[0].Lease = 0
+	for name, known := range map[string]*State{"no register": nil, "one of before": asked} {
+		l := Lease{Self: ID{1, 1}, Want: 10 * time.Second}
+		if op, ok := l.Demand(time.Minute, asked); !ok || op.Lease != l.Want {
+			t.Fatalf("%+v is asked for", op)
+		}
+		record := l.Append(nil, "that boot")
+		l = Lease{Self: l.Self, Want: l.Want}
+		l.Load(record, "this boot", known)
+		if known != nil {
+			l.Demand(time.Second, known)
+		}
+		if until := l.Fence(given, false); until != LeaseOver {
+			t.Fatalf("%s: fence at %v", name, until)
+		}
+		r, ok := l.Renew(time.Hour, 7, given)
+		if !ok {
+			t.Fatal("no renewal is due")
+		}
+		for _, a := range answers(given, r, 2, 3) {
+			l.Answered(a, given)
+		}
+		if until := l.Fence(given, false); until != time.Hour+10*time.Second {
+			t.Fatalf("%s: fence at %v after a renewal", name, until)
+		}
+	}
 	l := Lease{Self: ID{1, 1}, Want: 10 * time.Second}
-	l.Load(nil, "this boot", nil) // neither the register nor a lease of this boot
-	l.Learned(s)
-	if until := l.Fence(s, false); until != LeaseOver {
-		t.Fatalf("fence at %v", until)
-	}
-	r, ok := l.Renew(time.Hour, 7, s)
-	if !ok {
-		t.Fatal("no renewal is due")
-	}
-	for _, a := range answers(s, r, 2, 3) {
-		l.Answered(a, s)
-	}
-	l.Learned(s)
-	if until := l.Fence(s, false); until != time.Hour+10*time.Second {
-		t.Fatalf("fence at %v after a renewal", until)
+	l.Load((&Lease{}).Append(nil, "that boot"), "this boot", asked)
+	if l.Until() != 0 {
+		t.Error("a host that never asked for a lease is cut off")
 	}
 }
 

@@ -117,9 +117,6 @@ func (h *machine) do(e Effects) {
 	if h.node == nil {
 		return
 	}
-	if e.Learned {
-		h.lease.Learned(h.node.State())
-	}
 	for _, a := range e.Answers {
 		h.lease.Answered(a, h.node.State())
 	}

@@ -1,6 +1,7 @@
 package register
 
 import (
+	"bytes"
 	"net/netip"
 	"slices"
 	"time"
@@ -91,15 +92,15 @@ func (w *model) harm(h *machine, what int) {
 		h.on = false
 		h.die()
 		clear(h.live)
-	case what < 84 && w.canLose(): // the disk is new; containers run on
+	case what < 84 && w.canLose(h): // the disk is new; containers run on
 		w.did["wipe"]++
 		h.die()
 		h.disk = disk{own: map[netip.Addr]bool{}, giving: map[space.Range]peer.Name{}}
-	case what < 86 && w.canLose():
+	case what < 86 && w.canLose(h):
 		w.did["corrupt"]++
 		h.die()
 		h.disk.acceptor = []byte{0xff}
-	case what == 86 && w.dead() < 2 && w.canLose():
+	case what == 86 && w.dead() < 2 && w.canLose(h):
 		w.did["dead"]++
 		h.dead, h.on = true, false
 		h.die()
@@ -113,9 +114,10 @@ func (w *model) harm(h *machine, what int) {
 	}
 }
 
-// canLose says whether a majority of keepers is left when one more loses what it
-// promised: without, the register is at an end, and people have to help.
-func (w *model) canLose() bool {
+// canLose says whether a majority of keepers is left when loser loses what it
+// promised: without, the register is at an end, and people have to help. So it is
+// when the newest version is nowhere else, as of a keeper that agreed with itself.
+func (w *model) canLose(loser *machine) bool {
 	s := w.newest
 	if s == nil {
 		return false
@@ -124,6 +126,12 @@ func (w *model) canLose() bool {
 		if !h.dead && (h.node == nil || h.node.acc.state != nil || h.node.round != nil) {
 			return false // another version may be agreed that nobody knows yet
 		}
+	}
+	newest := s.Append(nil)
+	if !slices.ContainsFunc(w.hosts, func(h *machine) bool {
+		return h != loser && !h.dead && bytes.Equal(h.disk.register, newest)
+	}) {
+		return false
 	}
 	up := 0
 	for _, m := range s.Members {

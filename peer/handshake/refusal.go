@@ -26,6 +26,16 @@ func (r *Refusal) Error() string {
 	return r.Reason
 }
 
+// Lasts says whether the same would be refused again unless something changes at
+// one of the ends: worth telling people, and no reason to try again soon.
+func (r *Refusal) Lasts() bool {
+	switch r.Code {
+	case RefuseCollision, RefuseLimit, RefusePassword, RefuseStranger:
+		return true
+	}
+	return false
+}
+
 // About passwords each end speaks for itself, in its own words.
 
 func lacksPassword() *Refusal {

@@ -188,13 +188,13 @@ func (m *Mesh) refused(conn net.Conn, h *handshake.Other, err error) {
 		who = h.Info.String()
 	}
 	r := (*handshake.Refusal)(nil)
-	known := errors.As(err, &r)
-	if known && (r.Code == handshake.RefusePassword || r.Code == handshake.RefuseCollision || r.Code == handshake.RefuseStranger) {
+	tell := errors.As(err, &r) && r.Lasts()
+	if tell && r.Code != handshake.RefuseLimit { // which is no fault of theirs
 		m.mu.Lock()
-		known = m.turned.add(addrPort(conn.RemoteAddr()), r.Reason, time.Now())
+		tell = m.turned.add(addrPort(conn.RemoteAddr()), r.Reason, time.Now())
 		m.mu.Unlock()
 	}
-	if known && (r.Code == handshake.RefuseCollision || r.Code == handshake.RefuseLimit || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseStranger) {
+	if tell {
 		m.log.Warn("incoming link refused", "from", conn.RemoteAddr(), "peer", who, "err", err)
 		return
 	}

@@ -230,7 +230,7 @@ func (m *Mesh) dialAddr(ctx context.Context, a netip.AddrPort) (*link, dialer.Ou
 	if r := (*handshake.Refusal)(nil); errors.As(err, &r) {
 		o.Self = r.Code == handshake.RefuseSelf
 		o.Collision = r.Code == handshake.RefuseCollision
-		o.Refused = o.Collision || r.Code == handshake.RefusePassword || r.Code == handshake.RefuseLimit || r.Code == handshake.RefuseStranger
+		o.Refused = r.Lasts()
 		if r.Code == handshake.RefuseDuplicate {
 			o.Err = nil
 		}

@@ -81,6 +81,7 @@ type Proxy struct {
 	paths     []string // of unix sockets
 	forward   *httputil.ReverseProxy
 	tunnels   tunnels
+	spare     *spare
 	extras    *extras
 	namer     *namer
 }
@@ -96,7 +97,7 @@ func New(cfg Config) (*Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Proxy{cfg: cfg, namer: names, tunnels: tunnels{open: make(map[net.Conn]struct{})}, extras: newExtras(cfg)}
+	p := &Proxy{cfg: cfg, namer: names, tunnels: tunnels{open: make(map[net.Conn]struct{})}, spare: newSpare(cfg.Docker.Dial), extras: newExtras(cfg)}
 	p.forward = &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "docker"
@@ -219,7 +220,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		ErrorLog:          slog.NewLogLogger(p.cfg.Log.Handler(), slog.LevelDebug),
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	dial := func() (net.Conn, error) { return p.cfg.Docker.Dial(ctx) }
+	dial := func() (net.Conn, error) { return p.spare.conn(ctx) }
 	for _, l := range p.listeners {
 		g.Go(func() error {
 			if err := server.Serve(front{l, p, dial}); !errors.Is(err, http.ErrServerClosed) {
@@ -229,6 +230,7 @@ func (p *Proxy) Run(ctx context.Context) error {
 		})
 	}
 	g.Go(func() error { return p.extras.run(ctx) })
+	g.Go(func() error { return p.spare.run(ctx) })
 	g.Go(func() error {
 		tick := time.NewTicker(ownerInterval)
 		defer tick.Stop()

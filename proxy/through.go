@@ -27,7 +27,7 @@ const (
 type front struct {
 	net.Listener
 	p    *Proxy
-	dial func() (net.Conn, error) // to the engine
+	dial func() (net.Conn, error) // for a connection to the engine
 }
 
 // Accept waits for a client.
@@ -202,6 +202,7 @@ func (f *frontConn) leave(err error) {
 	_ = f.back.Close()
 	<-f.copied
 	f.back = nil
+	f.p.spare.want()
 }
 
 // plain says whether a head is the whole of one request, one that the server

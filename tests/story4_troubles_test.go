@@ -124,7 +124,7 @@ func testKilled(t *testing.T, l *lab.Lab, cs []*container) {
 	must(t, u1, "kill", "-9", daemonPID(t, u1))
 	within(t, patience, "others notice", func() error { return on(t.Context(), l.Host("u3"), 1, "fastdp") })
 	holds(t, flows, begin, 5*time.Second, smooth)
-	refused(t, u1, 1, []string{"not running"}, "weave", "status")
+	refused(t, u1, 1, []string{"not running", "a stand-in refuses"}, "weave", "status")
 
 	begin = time.Now()
 	again, took := launch(t, u1)
@@ -185,7 +185,7 @@ func testStopped(t *testing.T, l *lab.Lab, cs []*container) {
 	begin := time.Now()
 	weave(t, u2, "stop")
 	holds(t, flows, begin, 5*time.Second, smooth)
-	refused(t, u2, 1, []string{"not running"}, "weave", "status")
+	refused(t, u2, 1, []string{"not running", "a stand-in refuses"}, "weave", "status")
 	for _, file := range []string{"/run/weave/control.sock", "/run/weave/weave.sock"} {
 		if u2.Run(t.Context(), "test", "-e", file).Code == 0 {
 			t.Errorf("%s stays after stop", file)

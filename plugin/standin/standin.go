@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime/debug"
+	"strings"
 	"syscall"
 	"time"
 
@@ -38,8 +39,9 @@ const (
 	pairFD = 3
 	// endPath asks a stand-in to end.
 	endPath = "/StandIn.End"
-	// limit bounds one exchange with the other side.
-	limit = 2 * time.Second
+	// limit bounds one exchange with the other side, and maxAnswer its bytes.
+	limit     = 2 * time.Second
+	maxAnswer = 4 << 10
 	// heapPercent keeps the little heap of the stand-in small
 	// (runtime/debug.SetGCPercent).
 	heapPercent = 10
@@ -217,23 +219,42 @@ var errEnded = errors.New("ended by the next daemon")
 // End ends the stand-in that serves a socket, and says whether there was one.
 // The socket's file stays.
 func End(path string) bool {
+	status, _, err := call(path, endPath)
+	return err == nil && status == http.StatusNoContent
+}
+
+// Answers says whether a stand-in answers on a socket in a daemon's place.
+func Answers(path string) bool {
+	_, text, err := call(path, "/Plugin.Activate")
+	return err == nil && strings.Contains(text, NotRunning)
+}
+
+// Abandoned says whether a socket is there that nobody serves, as when a daemon
+// and its stand-in were both killed: the engine waits for it with each call.
+func Abandoned(path string) bool {
+	_, _, err := call(path, "/Plugin.Activate")
+	return errors.Is(err, syscall.ECONNREFUSED)
+}
+
+// call makes one call on a socket.
+func call(path, method string) (status int, text string, err error) {
 	c, err := net.DialTimeout("unix", path, limit)
 	if err != nil {
-		return false
+		return 0, "", err
 	}
 	defer func() { _ = c.Close() }()
 	if err := c.SetDeadline(time.Now().Add(limit)); err != nil {
-		return false
+		return 0, "", err
 	}
-	if _, err := fmt.Fprintf(c, "POST %s HTTP/1.0\r\n\r\n", endPath); err != nil {
-		return false
+	if _, err := fmt.Fprintf(c, "POST %s HTTP/1.0\r\n\r\n", method); err != nil {
+		return 0, "", err
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
-		return false
+		return 0, "", err
 	}
-	_, _ = io.Copy(io.Discard, resp.Body)
-	return resp.Body.Close() == nil && resp.StatusCode == http.StatusNoContent
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	return resp.StatusCode, string(b), errors.Join(err, resp.Body.Close())
 }
 
 // Clear ends the stand-in on a socket and removes the file, also one that a

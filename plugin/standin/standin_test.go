@@ -117,17 +117,23 @@ func TestTheDaemonIsGone(t *testing.T) {
 			t.Errorf("%d %q, connection closed: %v", status, text, closed)
 		}
 	}
+	if !Answers(l.Addr().String()) || Abandoned(l.Addr().String()) {
+		t.Error("no stand-in is said to answer")
+	}
 	if !End(l.Addr().String()) {
 		t.Error("no stand-in was ended")
 	}
 	ended(t, p)
+	if Answers(l.Addr().String()) || !Abandoned(l.Addr().String()) {
+		t.Error("the socket of nobody is not said to be abandoned")
+	}
 	if End(l.Addr().String()) {
 		t.Error("one was ended twice")
 	}
 	if err := Clear(l.Addr().String()); err != nil {
 		t.Error(err)
 	}
-	if _, err := os.Lstat(l.Addr().String()); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Lstat(l.Addr().String()); !errors.Is(err, os.ErrNotExist) || Abandoned(l.Addr().String()) {
 		t.Errorf("the socket stays: %v", err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 
 	"weave.local/cmd/internal/api"
 	"weave.local/cmd/internal/daemon"
+	"weave.local/plugin/standin"
 )
 
 func statusCommands(e *env) []*cobra.Command {
@@ -48,9 +49,23 @@ func statusCommand(e *env) *cobra.Command {
 			}
 			text, err := e.client().Get(cmd.Context(), path, nil)
 			fmt.Fprint(e.out, text)
+			if errors.Is(err, api.ErrNotRunning) {
+				return inItsPlace(err)
+			}
 			return err
 		},
 	}
+}
+
+// inItsPlace adds to the error that no daemon runs what Docker meets instead.
+func inItsPlace(err error) error {
+	switch socket := daemon.DefaultPluginSocket; {
+	case standin.Answers(socket):
+		return fmt.Errorf("%w (until then a stand-in refuses what Docker asks of the network driver)", err)
+	case standin.Abandoned(socket):
+		return fmt.Errorf("%w (until then Docker waits 15 s with each call of the network driver: its socket %s is left over)", err, socket)
+	}
+	return err
 }
 
 func reportCommand(e *env) *cobra.Command {

@@ -29,12 +29,13 @@ func TestMTU(t *testing.T) {
 		step(t, fmt.Sprint(mtu), func(t *testing.T) { testUnderlay(t, l, mtu) })
 	}
 	step(t, "small device", func(t *testing.T) { testSmallDevice(t, l) })
+	step(t, "sleeve", func(t *testing.T) { testSleeveSizes(t, l) })
 	step(t, "mixed", func(t *testing.T) { testMixedUnderlay(t, l) })
 }
 
-// begin launches two hosts on an underlay of that size, the second with flags. All
-// ends with the test.
-func begin(t *testing.T, l *lab.Lab, mtu int, flags ...string) (a, b *container) {
+// begin launches two hosts, connected by that path, on an underlay of that size, the
+// second with flags. All ends with the test.
+func begin(t *testing.T, l *lab.Lab, path string, mtu int, flags ...string) (a, b *container) {
 	t.Helper()
 	u1, u2 := l.Host("u1"), l.Host("u2")
 	for _, h := range []*lab.Host{u1, u2} {
@@ -49,13 +50,13 @@ func begin(t *testing.T, l *lab.Lab, mtu int, flags ...string) (a, b *container)
 	launch(t, u1, "--no-dns", "u2")
 	launch(t, u2, slices.Concat([]string{"--no-dns"}, flags, []string{"u1"})...)
 	for _, h := range []*lab.Host{u1, u2} {
-		within(t, patience, "connection", func() error { return on(t.Context(), h, 1, "fastdp") })
+		within(t, patience, "connection", func() error { return on(t.Context(), h, 1, path) })
 	}
 	return joined(t, u1), joined(t, u2)
 }
 
 func testUnderlay(t *testing.T, l *lab.Lab, mtu int) {
-	a, b := begin(t, l, mtu)
+	a, b := begin(t, l, "fastdp", mtu)
 	wantDeviceMTU(t, a, mtu-vxlanOver4)
 	wantConnection(t, a.Host, "u2", mtu-vxlanOver4)
 	wantSteps(t, a, b, mtu-vxlanOver4)
@@ -63,10 +64,38 @@ func testUnderlay(t *testing.T, l *lab.Lab, mtu int) {
 
 // A device that takes less than its path is met by the same errors.
 func testSmallDevice(t *testing.T, l *lab.Lab) {
-	a, b := begin(t, l, 1500, "--mtu", "1300")
+	a, b := begin(t, l, "fastdp", 1500, "--mtu", "1300")
 	wantDeviceMTU(t, b, 1300)
 	wantConnection(t, a.Host, "u2", 1300)
 	wantSteps(t, a, b, 1300)
+}
+
+// Sleeve carries every size that the containers' devices take, whatever becomes of the
+// underlay, and so has no use for errors.
+func testSleeveSizes(t *testing.T, l *lab.Lab) {
+	const device, underlay = 1500 - vxlanOver4, 1300
+	a, b := begin(t, l, "sleeve", 1500, "--no-fastdp")
+	wantDeviceMTU(t, a, device)
+	for _, c := range []*container{a, b} {
+		must(t, c.Host, "ip", "link", "set", "eth0", "mtu", fmt.Sprint(underlay))
+	}
+	linkLocal := b.linkLocal(t) + "%ethwe"
+	for _, to := range []string{b.addr.Addr().String(), linkLocal} {
+		within(t, patience, "ping", func() error { return a.pingDF(t, to, device-48).Err() })
+	}
+	for size := underlay - 73; size <= device; size++ { // one datagram holds underlay - 70
+		if size == underlay-66 {
+			size = device - 3
+		}
+		for to, headers := range map[string]int{b.addr.Addr().String(): 28, linkLocal: 48} {
+			if r := a.pingDF(t, to, size-headers); r.Code != 0 || strings.Contains(r.Stdout+r.Stderr, "mtu") {
+				t.Errorf("%d bytes to %s: exit %d, %s%s", size, to, r.Code, r.Stdout, r.Stderr)
+			}
+		}
+	}
+	if err := exchange(t.Context(), a, b, 10<<20); err != nil {
+		t.Errorf("10 MB: %v", err)
+	}
 }
 
 func testMixedUnderlay(t *testing.T, l *lab.Lab) {
@@ -179,7 +208,7 @@ func wantStepsTo(t *testing.T, from *container, to string, headers, mtu int) {
 		for _, family := range []string{"-4", "-6"} { // forgets what was learnt
 			must(t, from.Host, "ip", "-n", "plain", family, "route", "flush", "cache")
 		}
-		return from.Run(t.Context(), "nsenter", "--net="+from.netns, "ping", "-M", "do", "-c", "1", "-W", "2", "-s", fmt.Sprint(size-headers), to)
+		return from.pingDF(t, to, size-headers)
 	}
 	within(t, patience, "ping", func() error { return ping(mtu - 3).Err() })
 	for size := mtu - 3; size <= mtu+3; size++ {
@@ -192,6 +221,11 @@ func wantStepsTo(t *testing.T, from *container, to string, headers, mtu int) {
 			t.Errorf("%s to %s, %d bytes where %d fit: exit %d, %s%s", from.name, to, size, mtu, r.Code, r.Stdout, r.Stderr)
 		}
 	}
+}
+
+// pingDF sends one packet with that payload which must not be fragmented.
+func (c *container) pingDF(t *testing.T, to string, payload int) lab.Result {
+	return c.Run(t.Context(), "nsenter", "--net="+c.netns, "ping", "-M", "do", "-c", "1", "-W", "2", "-s", fmt.Sprint(payload), to)
 }
 
 // stream is a TCP connection that sends all the time.

@@ -34,6 +34,8 @@ const (
 	// buffer of 64 KiB, since the kernel joins datagrams of a size.
 	receiveLen = 16
 	receiveBuf = 1 << 16
+	// smallLen is the most bytes of a message that is sent in no time.
+	smallLen = 2 << 10
 )
 
 // sockaddr is an address as the kernel takes it.
@@ -323,8 +325,9 @@ func (s *socket) send(by, n int) (int, error) {
 func (s *socket) trySend(uintptr) {
 	b := &s.out
 	for b.done < b.used {
-		r, _, e := unix.Syscall6(unix.SYS_SENDMMSG, uintptr(s.fds[b.lane]), uintptr(unsafe.Pointer(&b.msgs[b.done])),
-			uintptr(b.used-b.done), unix.MSG_DONTWAIT, 0, 0)
+		brief := b.used == 1 && b.iov[0].Len <= smallLen
+		r, e := turns.Syscall(brief, unix.SYS_SENDMMSG, uintptr(s.fds[b.lane]), uintptr(unsafe.Pointer(&b.msgs[b.done])),
+			uintptr(b.used-b.done), unix.MSG_DONTWAIT)
 		if e == 0 {
 			b.done += int(r)
 		} else if e != unix.EINTR {
@@ -368,7 +371,7 @@ func (s *socket) receive() (int, error) {
 	return s.in.done, nil
 }
 
-func (s *socket) tryReceive(fd int) turns.Outcome {
+func (s *socket) tryReceive(fd int, brief bool) turns.Outcome {
 	b := &s.in
 	for i := range s.bufs {
 		b.iov[i].Base = unsafe.SliceData(s.bufs[i])
@@ -381,8 +384,8 @@ func (s *socket) tryReceive(fd int) turns.Outcome {
 		h.SetControllen(int(unsafe.Sizeof(b.ctl[i])))
 	}
 	for {
-		r, _, e := unix.Syscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])),
-			uintptr(len(s.bufs)), unix.MSG_DONTWAIT, 0, 0)
+		r, e := turns.Syscall(brief, unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&b.msgs[0])),
+			uintptr(len(s.bufs)), unix.MSG_DONTWAIT)
 		if e == unix.EINTR {
 			continue
 		}

@@ -43,6 +43,8 @@ const (
 	// counting frameCost more than it has: a super-frame, or 60 small ones.
 	turnLen   = 64 << 10
 	frameCost = 1 << 10
+	// smallLen is the most bytes of a frame that is written in no time.
+	smallLen = 2 << 10
 	// MaxParts bounds the pieces of one frame that WriteFrame takes; the kernel
 	// takes 1024.
 	MaxParts = 258
@@ -80,6 +82,7 @@ type Conn struct {
 	writeFn func(uintptr) bool
 	iov     [MaxParts]unix.Iovec
 	parts   int
+	bytes   int // in parts
 	writErr syscall.Errno
 }
 
@@ -253,17 +256,23 @@ func (t *Conn) Read(b []byte, wait bool) (int, error) {
 	return t.readLen, t.readErr
 }
 
-func (t *Conn) tryRead(fd int) turns.Outcome {
+func (t *Conn) tryRead(fd int, brief bool) turns.Outcome {
 	for {
-		n, err := unix.Read(fd, t.readBuf)
-		switch {
-		case errors.Is(err, unix.EINTR):
+		r, errno := turns.Syscall(brief, unix.SYS_READ, uintptr(fd),
+			uintptr(unsafe.Pointer(unsafe.SliceData(t.readBuf))), uintptr(len(t.readBuf)), 0)
+		n := int(r)
+		switch errno {
+		case 0:
+			t.readErr = nil
+		case unix.EINTR:
 			continue
-		case errors.Is(err, unix.EAGAIN):
+		case unix.EAGAIN:
 			t.left = turnLen
 			return turns.Nothing
+		default:
+			n, t.readErr = 0, os.NewSyscallError("read", errno)
 		}
-		t.readLen, t.readErr = n, os.NewSyscallError("read", err)
+		t.readLen = n
 		if t.left -= n + frameCost; t.left > 0 {
 			return turns.More
 		}
@@ -274,8 +283,9 @@ func (t *Conn) tryRead(fd int) turns.Outcome {
 
 // WriteFrame writes one frame, its virtio-net header first, that lies in parts.
 func (t *Conn) WriteFrame(parts [][]byte) error {
-	t.parts = len(parts)
+	t.parts, t.bytes = len(parts), 0
 	for i, p := range parts {
+		t.bytes += len(p)
 		t.iov[i].Base = unsafe.SliceData(p)
 		t.iov[i].SetLen(len(p))
 	}
@@ -290,7 +300,7 @@ func (t *Conn) WriteFrame(parts [][]byte) error {
 
 func (t *Conn) tryWrite(fd uintptr) bool {
 	for {
-		_, _, t.writErr = unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&t.iov[0])), uintptr(t.parts))
+		_, t.writErr = turns.Syscall(t.bytes <= smallLen, unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&t.iov[0])), uintptr(t.parts), 0)
 		if t.writErr != unix.EINTR {
 			return true
 		}

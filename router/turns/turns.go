@@ -8,12 +8,17 @@ import (
 	"math/bits"
 	"os"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
 // Max is the most descriptors of a Set.
 const Max = 64
+
+// few is how often something may be found, without nothing being there in between,
+// by calls that the runtime is not told of: see Syscall.
+const few = 3
 
 // Outcome is what became of an attempt to read.
 type Outcome int
@@ -32,10 +37,10 @@ type Set struct {
 	file  *os.File // epoll(7), which tells of all descriptors
 	conn  syscall.RawConn
 	fds   []int
-	read  func(fd int) Outcome
+	read  func(fd int, brief bool) Outcome
 	try   func(epoll uintptr) bool
 	wait  bool
-	found bool
+	found int // how often something was there since nothing was
 
 	ready  uint64 // descriptors that may have something, by index
 	at     int    // whose turn it is
@@ -44,8 +49,8 @@ type Set struct {
 }
 
 // New makes a set of 1 to Max descriptors that do not block, and are open for as
-// long as the set is. read reads from one of them.
-func New(fds []int, read func(fd int) Outcome) (*Set, error) {
+// long as the set is. read reads from one of them by Syscall, which says what brief is.
+func New(fds []int, read func(fd int, brief bool) Outcome) (*Set, error) {
 	epoll, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return nil, os.NewSyscallError("epoll_create1", err)
@@ -77,27 +82,27 @@ func (s *Set) Read(wait bool) (bool, error) {
 	if err := s.conn.Read(s.try); err != nil {
 		return false, fmt.Errorf("%w: %w", os.ErrClosed, err)
 	}
-	return s.found, nil
+	return s.found > 0, nil
 }
 
 func (s *Set) attempt(epoll uintptr) bool {
-	s.found = false
 	if s.wait && s.ready == 0 {
 		s.ready = 1 << s.at // most likely who had something last
 	}
 	for {
 		if s.stale || s.ready == 0 && s.wait {
-			s.look(int(epoll))
+			s.look(epoll)
 		}
 		first := s.at
 		if s.stale {
 			first, s.stale = (s.at+1)%Max, false
 		}
 		if s.ready == 0 {
+			s.found = 0
 			return !s.wait
 		}
 		s.at = next(s.ready, first)
-		switch s.read(s.fds[s.at]) {
+		switch s.read(s.fds[s.at], s.found < few) {
 		case Nothing:
 			s.ready &^= 1 << s.at
 			continue
@@ -105,16 +110,16 @@ func (s *Set) attempt(epoll uintptr) bool {
 			s.stale = true
 		case More:
 		}
-		s.found = true
+		s.found++
 		return true
 	}
 }
 
 // look finds all that have something now.
-func (s *Set) look(epoll int) {
+func (s *Set) look(epoll uintptr) {
 	s.ready = 0
-	n, err := unix.EpollWait(epoll, s.events[:len(s.fds)], 0)
-	for i := 0; err == nil && i < n; i++ {
+	n, errno := Syscall(s.found < few, unix.SYS_EPOLL_PWAIT, epoll, uintptr(unsafe.Pointer(&s.events[0])), uintptr(len(s.fds)), 0)
+	for i := 0; errno == 0 && i < int(n); i++ {
 		s.ready |= 1 << s.events[i].Fd
 	}
 }
@@ -123,6 +128,22 @@ func (s *Set) look(epoll int) {
 // around.
 func next(ready uint64, at int) int {
 	return (at + bits.TrailingZeros64(bits.RotateLeft64(ready, -at))) % Max
+}
+
+// Syscall makes a system call that does not block. One that is brief as well is not
+// told to the Go runtime: of a process that slept, it takes the first call it is told
+// of for a reason to wake a thread of its own that watches over calls, which costs a
+// small frame more than the call itself. Whoever has much to do must tell of some
+// calls: that thread also sees to it that other goroutines get their turn.
+//
+//go:uintptrescapes
+func Syscall(brief bool, trap, a1, a2, a3, a4 uintptr) (uintptr, unix.Errno) {
+	if brief {
+		r, _, errno := unix.RawSyscall6(trap, a1, a2, a3, a4, 0, 0)
+		return r, errno
+	}
+	r, _, errno := unix.Syscall6(trap, a1, a2, a3, a4, 0, 0)
+	return r, errno
 }
 
 // Hold calls f, while which the descriptors do not close; os.ErrClosed when they

@@ -35,7 +35,7 @@ func TestTurns(t *testing.T) {
 	r, w := pipes(t, 4)
 	order, one := make([]int, 0, 1000), make([]byte, 1)
 	left := 2
-	s, err := New(r, func(fd int) Outcome {
+	s, err := New(r, func(fd int, _ bool) Outcome {
 		if n, _ := unix.Read(fd, one); n < 1 {
 			left = 2
 			return Nothing
@@ -81,7 +81,7 @@ func TestTurns(t *testing.T) {
 func TestClose(t *testing.T) {
 	r, _ := pipes(t, 2)
 	tried := make(chan struct{}, 2)
-	s, err := New(r, func(int) Outcome { tried <- struct{}{}; return Nothing })
+	s, err := New(r, func(int, bool) Outcome { tried <- struct{}{}; return Nothing })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -105,5 +105,35 @@ func TestClose(t *testing.T) {
 	}
 	if len(tried) != 0 {
 		t.Error("read from what has nothing")
+	}
+}
+
+// TestBrief: the runtime is told of calls once a few have found something in a row.
+func TestBrief(t *testing.T) {
+	r, w := pipes(t, 1)
+	var found []bool // whether it was brief, of each read that found something
+	s, err := New(r, func(fd int, brief bool) Outcome {
+		if n, _ := unix.Read(fd, make([]byte, 1)); n < 1 {
+			return Nothing
+		}
+		found = append(found, brief)
+		return Over
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	for range 2 {
+		put(t, w[0], make([]byte, few+2))
+		found = nil
+		for wait, more := true, true; more; wait = false {
+			if more, err = s.Read(wait); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want := []bool{true, true, true, false, false}
+		if !slices.Equal(found, want) {
+			t.Errorf("brief %v, want %v", found, want)
+		}
 	}
 }

@@ -90,6 +90,7 @@ func TestClose(t *testing.T) {
 		_, err := s.Read(true)
 		ended <- err
 	}()
+	<-tried // who had something last
 	held := false
 	if err := s.Hold(func(uintptr) { held = true }); !held || err != nil {
 		t.Errorf("held %v, error %v", held, err)

@@ -10,32 +10,43 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
 const resolveWait = 5 * time.Second
 
 // Resolve checks that all targets are well-formed and that one of them resolves,
-// if there are any: the others may do so later. The error, of one line, names
-// those that are wrong. Port is the default one.
+// if there are any: the others may do so later and are not waited for. The
+// error, of one line, names those that are wrong. Port is the default one.
 func Resolve(ctx context.Context, targets []string, port uint16) error {
-	var malformed, lost []error
+	var malformed []error
 	for _, t := range targets {
-		host, p, err := Split(t, port)
-		if err != nil {
+		if _, _, err := Split(t, port); err != nil {
 			malformed = append(malformed, err)
-		} else if _, err = Host(ctx, host, p); err != nil {
-			lost = append(lost, err)
 		}
 	}
-	if len(malformed) == 0 && len(lost) < len(targets) {
+	ctx, enough := context.WithCancel(ctx)
+	defer enough()
+	var asked sync.WaitGroup
+	lost := make([]error, len(targets))
+	for i, t := range targets {
+		asked.Go(func() {
+			if lost[i] = Check(ctx, t, port); lost[i] == nil && len(malformed) == 0 {
+				enough()
+			}
+		})
+	}
+	asked.Wait()
+	if len(malformed) == 0 && (len(targets) == 0 || slices.Contains(lost, nil)) {
 		return nil
 	}
-	return OneLine(append(malformed, lost...))
+	return OneLine(lost)
 }
 
 // OneLine joins errors into one whose text has no line breaks; nil for none.
 func OneLine(errs []error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) < 2 {
 		return errors.Join(errs...)
 	}

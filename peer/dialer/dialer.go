@@ -37,9 +37,10 @@ const (
 // come in, attempts to make go out. It is not safe for use by several
 // goroutines.
 type Dialer struct {
-	port  uint16 // of targets without one
-	dials map[dialKey]*dial
-	busy  int // attempts that run
+	port    uint16 // of targets without one
+	dials   map[dialKey]*dial
+	targets map[string]*dial // those of dials that the user gave
+	busy    int              // attempts that run
 
 	known   int       // peers, as of when their number last went up much
 	grown   time.Time // when that was
@@ -77,7 +78,7 @@ type dial struct {
 
 // New is a Dialer without anything to dial; port is that of targets without one.
 func New(port uint16) *Dialer {
-	return &Dialer{port: port, dials: make(map[dialKey]*dial)}
+	return &Dialer{port: port, dials: make(map[dialKey]*dial), targets: make(map[string]*dial)}
 }
 
 // Add makes target due at once, whether it was known or not.
@@ -86,11 +87,10 @@ func (ds *Dialer) Add(name string, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	key := dialKey{target: name}
-	d := ds.dials[key]
+	d := ds.targets[name]
 	if d == nil {
-		d = &dial{key: key, host: host, port: port}
-		ds.dials[key] = d
+		d = &dial{key: dialKey{target: name}, host: host, port: port}
+		ds.dials[d.key], ds.targets[name] = d, d
 	}
 	if addr, err := netip.ParseAddr(host); err == nil {
 		d.addrs = []netip.AddrPort{netip.AddrPortFrom(addr.Unmap(), port)}
@@ -100,22 +100,16 @@ func (ds *Dialer) Add(name string, now time.Time) error {
 }
 
 // Forget drops a target.
-func (ds *Dialer) Forget(target string) { delete(ds.dials, dialKey{target: target}) }
+func (ds *Dialer) Forget(target string) {
+	delete(ds.dials, dialKey{target: target})
+	delete(ds.targets, target)
+}
 
 // Lose forgets a discovered peer that is gone for good.
 func (ds *Dialer) Lose(name peer.Name) { delete(ds.dials, dialKey{peer: name}) }
 
 // Targets returns what the user gave, sorted.
-func (ds *Dialer) Targets() []string {
-	var out []string
-	for key := range ds.dials {
-		if key.target != "" {
-			out = append(out, key.target)
-		}
-	}
-	slices.Sort(out)
-	return out
-}
+func (ds *Dialer) Targets() []string { return slices.Sorted(maps.Keys(ds.targets)) }
 
 // Discover notes where a peer may be reached. The polite end leaves it to the
 // other to dial first, so that usually only one does.
@@ -141,10 +135,7 @@ func (ds *Dialer) Discover(name peer.Name, addrs []netip.AddrPort, now time.Time
 
 // covered says whether a target leads to the peer.
 func (ds *Dialer) covered(name peer.Name, addrs []netip.AddrPort) bool {
-	for key, d := range ds.dials {
-		if key.target == "" {
-			continue
-		}
+	for _, d := range ds.targets {
 		if d.peer == name {
 			return true
 		}

@@ -25,6 +25,11 @@ type graph struct {
 	digest  uint64
 	frames  bool // only of links over which a data path works
 
+	// What a search works with: bits of peers not reached yet, and of those
+	// that are reached next. Once the graph is made, mu guards these too.
+	parent, order []int
+	left, next    []uint64
+
 	mu    sync.Mutex // guards what follows, which is computed when first asked for
 	trees map[int]tree
 	few   []Name // our neighbours in the spanning tree, when made
@@ -78,14 +83,19 @@ func (g *graph) index(name Name) (int, bool) {
 func (g *graph) row(i int) []uint64 { return g.adj[i*g.words : (i+1)*g.words] }
 
 // claim fills the row of what the record of a peer lists. Records and neighbours
-// are both sorted, so one walk along both finds the numbers of neighbours.
+// are both sorted: in a full mesh each neighbour's number follows that of the
+// one before, and where links are few it is not far to search.
 func (g *graph) claim(i int) {
 	row := g.claims[i*g.words : (i+1)*g.words]
 	clear(row)
 	j := 0
 	for _, a := range g.records[i].Neighbours {
-		for j < len(g.records) && g.records[j].Name < a.Name {
+		if j < len(g.records) && g.records[j].Name < a.Name {
 			j++
+		}
+		if j < len(g.records) && g.records[j].Name < a.Name {
+			k, _ := slices.BinarySearchFunc(g.records[j:], a.Name, func(r Record, n Name) int { return int(r.Name) - int(n) })
+			j += k
 		}
 		if j < len(g.records) && g.records[j].Name == a.Name && (!a.NoData || !g.frames) {
 			row[j/64] |= 1 << (j % 64)
@@ -114,33 +124,37 @@ func (g *graph) connect(i int) {
 // search returns the shortest-path tree of source: for each peer the one
 // before it on the way from source, -1 when there is no way (and for source
 // itself), and the peers in order of distance. Of several possible parents a
-// peer gets the one of lowest name.
+// peer gets the one of lowest name. Both are good until the next search.
 func (g *graph) search(source int) (parent, order []int) {
-	parent = make([]int, len(g.records))
+	if g.parent == nil {
+		g.parent, g.order = make([]int, len(g.records)), make([]int, 0, len(g.records))
+		g.left, g.next = make([]uint64, g.words), make([]uint64, g.words)
+	}
+	parent, order = g.parent, append(g.order[:0], source)
 	for i := range parent {
 		parent[i] = -1
+		g.left[i/64] |= 1 << (i % 64)
 	}
-	left := make([]uint64, g.words) // not reached yet
-	for i := range g.records {
-		left[i/64] |= 1 << (i % 64)
-	}
-	left[source/64] &^= 1 << (source % 64)
-	order = append(order, source)
+	g.left[source/64] &^= 1 << (source % 64)
 	for begin := 0; begin < len(order); {
 		level := order[begin:]
 		begin = len(order)
 		for _, u := range level {
 			for k, w := range g.row(u) {
-				w &= left[k]
-				left[k] &^= w
+				w &= g.left[k]
+				g.left[k] &^= w
+				g.next[k] |= w
 				for ; w != 0; w &= w - 1 {
-					v := k*64 + bits.TrailingZeros64(w)
-					parent[v] = u
-					order = append(order, v)
+					parent[k*64+bits.TrailingZeros64(w)] = u
 				}
 			}
 		}
-		slices.Sort(order[begin:]) // the next level is visited by name
+		for k, w := range g.next { // the next level is visited by name
+			g.next[k] = 0
+			for ; w != 0; w &= w - 1 {
+				order = append(order, k*64+bits.TrailingZeros64(w))
+			}
+		}
 	}
 	return parent, order
 }

@@ -363,6 +363,27 @@ func BenchmarkSnapshotOf1000(b *testing.B) {
 	}
 }
 
+// A thousand peers with few links each, as they join: one more comes, and then
+// all broadcast.
+func BenchmarkTreesOf1000(b *testing.B) {
+	w := world{}
+	for i := Name(1); i <= 1000; i++ {
+		for step := Name(1); step < 1000; step *= 3 {
+			if j := (i+step-1)%1000 + 1; j != i {
+				w.link(i, j)
+			}
+		}
+	}
+	top := w.topology(1)
+	for b.Loop() {
+		top.last, top.snap = nil, nil
+		s := top.Snapshot()
+		for i := Name(1); i <= 1000; i++ {
+			s.Tree(i)
+		}
+	}
+}
+
 // without marks links as carrying no frames, as the first end announces them.
 func without(t *Topology, links ...[2]Name) Snapshot {
 	for _, l := range links {

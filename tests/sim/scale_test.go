@@ -12,8 +12,11 @@ import (
 	"weave.local/peer/dialer"
 )
 
-// reachMost is of how many peers each sends to each.
-const reachMost = 300
+const (
+	reachMost = 300                    // of how many peers each sends to each
+	tellOne   = 100 * time.Millisecond // of what follows a join: memberlist tells of each peer up to 16 times
+	keptGone  = 11 * time.Minute       // after which all that was known of peers that are gone is forgotten
+)
 
 // A cluster of many peers: all join, rest, one and then a tenth crash, and for
 // a while one goes and one comes each second. WEAVE_SIM_PEERS and
@@ -30,7 +33,7 @@ func TestScale(t *testing.T) {
 			t.Logf("%d peers: join: full view after %.1f s, at most %d links of one peer", peers, took.Seconds(), most)
 		})
 		t.Logf("join: %v", joining)
-		pass(30 * time.Second) // what follows a join
+		pass(30*time.Second + time.Duration(peers)*tellOne)
 		c.calm("join")
 		rest := c.measure(func() { pass(time.Minute) })
 		t.Logf("rest: %v, %d kB heap and stacks per peer", rest, (heap()-before)/uint64(peers)>>10)
@@ -47,7 +50,7 @@ func TestScale(t *testing.T) {
 			c.everybodyReached()
 		}
 		if churn > 0 {
-			c.churn(t, peer.Name(peers), churn)
+			c.churn(t, peer.Name(peers), churn, before)
 		}
 	})
 }
@@ -86,18 +89,34 @@ func (c *cluster) mostLinks() (n int) {
 	return n
 }
 
-// churn has one peer go and one come each second for a while.
-func (c *cluster) churn(t *testing.T, last peer.Name, d time.Duration) {
+// churn has one peer go and one come each second for a while. Empty is what the
+// heap held without peers.
+func (c *cluster) churn(t *testing.T, last peer.Name, d time.Duration, empty uint64) {
 	t.Helper()
-	next := last
-	busy := c.measure(func() {
-		for begin := time.Now(); time.Since(begin) < d; pass(time.Second) {
-			next++
-			c.start(next, c.some(3))
-			c.crash(c.order[rand.IntN(len(c.order))])
-		}
-	})
-	t.Logf("churn: %v", busy)
+	next, peers := last, len(c.order)
+	memory := func() uint64 { return (heap() - empty) / uint64(peers) >> 10 }
+	rested := memory()
+	for end := time.Now().Add(d); time.Now().Before(end); {
+		stretch := min(time.Minute, time.Until(end))
+		busy := c.measure(func() {
+			for begin := time.Now(); time.Since(begin) < stretch; pass(time.Second) {
+				next++
+				c.start(next, c.some(3))
+				c.crash(c.order[rand.IntN(len(c.order))])
+			}
+		})
+		t.Logf("churn: %d of %d came and went: %v, %d kB heap and stacks per peer, %d suspicions and %d deaths of live peers",
+			next-last, peers, busy, memory(), c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
+	}
 	t.Logf("after churn: full view after %.1f s, %d suspicions and %d deaths of live peers", c.until("churn", 5*time.Minute, c.full).Seconds(),
 		c.watch.suspicions.Swap(0), c.watch.deaths.Swap(0))
+	if d < time.Minute || peers > reachMost {
+		return // too few are gone to tell; costs hours
+	}
+	pass(keptGone)
+	later := memory()
+	t.Logf("%v later: %d kB heap and stacks per peer", keptGone, later)
+	if later > 2*rested {
+		t.Errorf("%d kB per peer, %d before", later, rested)
+	}
 }

@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(helperStandIn) != "" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
-		if err := standin.Serve(ctx); err != nil {
+		if err := standin.Serve(ctx, nil); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 		}
 		return

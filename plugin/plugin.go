@@ -27,6 +27,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -89,10 +90,10 @@ type Plugin struct {
 	asked     time.Time                // when a look for holders was wanted; zero: none is
 	looked    time.Time                // when the last one ended
 	optioned  bool                     // containers may have options that choose their network
+	standIn   *standin.Process         // nil: none yet; only the goroutine that keeps it changes that
 
-	standIn  *standin.Process // nil: none yet; of the goroutine that keeps it
-	patience time.Duration    // before what seems left over is removed
-	moves    chan string      // ids of containers that may have to be on other networks
+	patience time.Duration // before what seems left over is removed
+	moves    chan string   // ids of containers that may have to be on other networks
 }
 
 // New binds the socket, in place of one that was left behind or that a stand-in
@@ -151,10 +152,30 @@ func (p *Plugin) startStandIn() {
 	if p.cfg.StandIn == nil {
 		return
 	}
-	var err error
-	if p.standIn, err = standin.Start(p.cfg.StandIn(), p.listener); err != nil {
+	s, err := standin.Start(p.cfg.StandIn(), p.listener)
+	if err != nil {
 		p.cfg.Log.Warn("plugin: Docker will wait for the driver when weave ends", "err", err)
 	}
+	p.setStandIn(s)
+}
+
+func (p *Plugin) setStandIn(s *standin.Process) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.standIn = s
+}
+
+// Keep leaves a client's connection and the engine's to the process that outlives
+// this one, as [standin.Process.Keep] does. An error means that it has not got
+// them, as while there is none.
+func (p *Plugin) Keep(client, engine syscall.Conn) error {
+	p.mu.Lock()
+	s := p.standIn
+	p.mu.Unlock()
+	if s == nil {
+		return errors.New("plugin: there is no stand-in")
+	}
+	return s.Keep(client, engine)
 }
 
 // keepStandIn has a stand-in at hand until ctx ends, from when there is an engine
@@ -176,7 +197,7 @@ func (p *Plugin) keepStandIn(ctx context.Context) error {
 			if p.standIn.Wait(ctx) != nil {
 				return nil
 			}
-			p.standIn = nil
+			p.setStandIn(nil)
 			p.cfg.Log.Warn("plugin: the stand-in ended; another is started")
 		}
 		select {

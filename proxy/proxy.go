@@ -70,7 +70,11 @@ type Config struct {
 	Attach *attach.Manager
 	Watch  *docker.Watcher
 	Store  *state.Bucket
-	Log    *slog.Logger
+	// Keep gives a client's connection and one to the engine to a process that
+	// outlives this one and calls Carry with them; an error means that it has
+	// not got them. nil: there is none.
+	Keep func(client, engine syscall.Conn) error
+	Log  *slog.Logger
 }
 
 // Proxy serves clients of the engine.

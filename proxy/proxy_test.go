@@ -103,15 +103,21 @@ type runningProxy struct {
 
 func startProxy(t *testing.T, e *fakeEngine, network func(netip.Prefix) (string, error), further ...string) *runningProxy {
 	t.Helper()
+	return startProxyWith(t, e, network, func(c *Config) { c.Listen = append(c.Listen, further...) })
+}
+
+func startProxyWith(t *testing.T, e *fakeEngine, network func(netip.Prefix) (string, error), set func(*Config)) *runningProxy {
+	t.Helper()
 	socket := filepath.Join(t.TempDir(), "weave.sock")
 	cfg := config(t, e)
-	cfg.Listen = append([]string{"unix://" + socket}, further...)
+	cfg.Listen = []string{"unix://" + socket}
 	cfg.Network = func(_ context.Context, subnet netip.Prefix) (string, error) {
 		if network == nil {
 			return "", fmt.Errorf("network for %s asked for", subnet)
 		}
 		return network(subnet)
 	}
+	set(&cfg)
 	p, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -104,8 +104,13 @@ func (f *frontConn) pass() error {
 	buf := make([]byte, plainHead)
 	for {
 		n, err := f.readHead(buf)
-		if err == nil && plain(buf[:n], f.p.part) && f.send(buf[:n]) == nil {
-			continue
+		if err == nil && plain(buf[:n], f.p.part) {
+			if f.leaveToKeeper(buf[:n]) {
+				return io.EOF
+			}
+			if f.send(buf[:n]) == nil {
+				continue
+			}
 		}
 		f.leave(err)
 		if n > 0 {

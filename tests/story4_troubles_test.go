@@ -1,7 +1,11 @@
 package tests
 
 import (
+	"bufio"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -120,6 +124,7 @@ func testKilled(t *testing.T, l *lab.Lab, cs []*container) {
 	programs := programsOf(t, u1)
 	name, ps, targets := weave(t, u1, "report", "-f", "{{.Router.Name}}"), weave(t, u1, "ps"), weave(t, u1, "status", "targets")
 
+	ends := waitFor(t, u1)
 	begin := time.Now()
 	must(t, u1, "kill", "-9", daemonPID(t, u1))
 	within(t, patience, "others notice", func() error { return on(t.Context(), l.Host("u3"), 1, "fastdp") })
@@ -133,6 +138,7 @@ func testKilled(t *testing.T, l *lab.Lab, cs []*container) {
 	}
 	established(t, l, meshBar)
 	holds(t, flows, begin, 2*time.Second, smooth)
+	ends()
 	if got := weave(t, u1, "ps"); again != name || got != ps {
 		t.Errorf("before: %s\n%s\nafter: %s\n%s", name, ps, again, got)
 	}
@@ -182,6 +188,7 @@ func testStopped(t *testing.T, l *lab.Lab, cs []*container) {
 	u2 := l.Host("u2")
 	flows := []*flow{startFlow(t, cs[1], cs[2]), startFlow(t, cs[0], cs[1])}
 	name := weave(t, u2, "report", "-f", "{{.Router.Name}}")
+	stopped, launched := waitFor(t, u2), waitFor(t, u2)
 	begin := time.Now()
 	weave(t, u2, "stop")
 	holds(t, flows, begin, 5*time.Second, smooth)
@@ -199,12 +206,45 @@ func testStopped(t *testing.T, l *lab.Lab, cs []*container) {
 	if r := u2.Run(t.Context(), "weave", "stop"); r.Code != 0 || !strings.Contains(r.Stderr, "not running") {
 		t.Errorf("stop once more: exit %d, said %q", r.Code, r.Stderr)
 	}
+	stopped()
 	begin = time.Now()
 	if again, _ := launch(t, u2); again != name {
 		t.Errorf("peer %s before, %s after", name, again)
 	}
 	established(t, l, meshBar)
 	holds(t, flows, begin, time.Second, smooth)
+	launched()
+}
+
+// waitFor asks, by way of the proxy, for the end of a container, as Nomad does of
+// each task. What it returns ends the container and checks the answer.
+func waitFor(t *testing.T, h *lab.Host) (ends func()) {
+	t.Helper()
+	container := must(t, h, "docker", "run", "-d", "--net=none", "busybox", "sleep", "3600")
+	conn, err := new(net.Dialer).DialContext(t.Context(), "unix", h.Path("/run/weave/weave.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := fmt.Fprintf(conn, "POST /containers/%s/wait HTTP/1.1\r\nHost: docker\r\n\r\n", container); err != nil {
+		t.Fatal(err)
+	}
+	in := bufio.NewReader(conn)
+	resp, err := http.ReadResponse(in, nil) // its head comes at once
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = resp.Body.Close() })
+	return func() {
+		t.Helper()
+		must(t, h, "docker", "kill", container)
+		_ = conn.SetDeadline(time.Now().Add(patience))
+		said, err := io.ReadAll(resp.Body)
+		if err != nil || !strings.Contains(string(said), `"StatusCode":137`) {
+			t.Errorf("who waits for a container is told %q, %v", said, err)
+		}
+		must(t, h, "docker", "rm", container)
+	}
 }
 
 // testTargets: connect and forget change what is connected to, also over a

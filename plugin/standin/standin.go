@@ -7,6 +7,10 @@
 // it does nothing: it waits on a socket pair whose other end the daemon has. When
 // that end is closed, by the daemon or, however the daemon ended, by the kernel,
 // it refuses every call with one sentence. The next daemon ends it.
+//
+// It also has the connections of clients that must not end with the daemon: the
+// proxy's, of who waits for a container to end. These it serves from the
+// beginning and to their end.
 package standin
 
 import (
@@ -22,6 +26,7 @@ import (
 	"os/exec"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -87,18 +92,40 @@ func closeConn(c net.Conn) error {
 	return c.Close()
 }
 
-// pass sends the socket (unix(7), SCM_RIGHTS). As a file of exec.Cmd it would
-// become a blocking one, here too.
-func (p *Process) pass(socket *net.UnixListener) error {
-	raw, err := socket.SyscallConn()
+// Keep gives the stand-in two connections, for the carry of Serve, which has them
+// to itself when the caller has closed its own. An error means that it has not got
+// them. Unlike the other methods it may be called at any time.
+func (p *Process) Keep(client, engine syscall.Conn) error {
+	if err := p.pair.SetWriteDeadline(time.Now().Add(limit)); err != nil {
+		return fmt.Errorf("stand-in: %w", err)
+	}
+	if err := p.pass(client, engine); err != nil {
+		return fmt.Errorf("stand-in: pass connections: %w", err)
+	}
+	return nil
+}
+
+// pass sends sockets (unix(7), SCM_RIGHTS). As files of exec.Cmd they would
+// become blocking ones, here too.
+func (p *Process) pass(sockets ...syscall.Conn) error {
+	return withFDs(sockets, nil, func(fds []int) error {
+		_, _, err := p.pair.WriteMsgUnix([]byte{0}, unix.UnixRights(fds...), nil)
+		return err
+	})
+}
+
+// withFDs calls f while the sockets cannot be closed.
+func withFDs(sockets []syscall.Conn, fds []int, f func(fds []int) error) error {
+	if len(sockets) == 0 {
+		return f(fds)
+	}
+	raw, err := sockets[0].SyscallConn()
 	if err != nil {
 		return err
 	}
-	var sent error
-	err = raw.Control(func(fd uintptr) {
-		_, _, sent = p.pair.WriteMsgUnix([]byte{0}, unix.UnixRights(int(fd)), nil)
-	})
-	return errors.Join(err, sent)
+	var inner error
+	err = raw.Control(func(fd uintptr) { inner = withFDs(sockets[1:], append(fds, int(fd)), f) })
+	return errors.Join(err, inner)
 }
 
 // Wait returns nil when the stand-in has ended, or ctx's error when that ends
@@ -125,10 +152,12 @@ func (p *Process) Release() (there bool) {
 }
 
 // Serve is the stand-in, in the process that Start started. It returns when ctx
-// ends, and then removes the socket if it served it, or when End asks for that.
-func Serve(ctx context.Context) error {
+// ends, and then removes the socket if it served it, or when End asks for that and
+// carry has returned for all that Keep gave. carry has the connections to itself,
+// and closes them.
+func Serve(ctx context.Context, carry func(client, engine net.Conn)) error {
 	debug.SetGCPercent(heapPercent)
-	pair, socket, err := receive()
+	pair, socket, err := begin()
 	if err != nil {
 		return fmt.Errorf("this is for the daemon, which starts it: %w", err)
 	}
@@ -138,14 +167,40 @@ func Serve(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { _ = pair.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	debug.FreeOSMemory()
-	if _, err := pair.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+	var carried sync.WaitGroup
+	for {
+		var conns []net.Conn
+		if conns, err = receive(pair, net.FileConn); err != nil {
+			break
+		}
+		if len(conns) != 2 { // no more files can be opened
+			for _, c := range conns {
+				_ = c.Close()
+			}
+			continue
+		}
+		carried.Go(func() { carry(conns[0], conns[1]) })
+	}
+	if errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil
 	}
-	return refuse(ctx, socket)
+	if err := refuse(ctx, socket); err != nil {
+		return err
+	}
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		carried.Wait()
+	}()
+	select {
+	case <-over:
+	case <-ctx.Done():
+	}
+	return nil
 }
 
-// receive gets what Start gives.
-func receive() (*net.UnixConn, net.Listener, error) {
+// begin gets what Start gives.
+func begin() (*net.UnixConn, net.Listener, error) {
 	f := os.NewFile(pairFD, "daemon")
 	c, err := net.FileConn(f)
 	if err != nil {
@@ -156,23 +211,40 @@ func receive() (*net.UnixConn, net.Listener, error) {
 	if !ok {
 		return nil, nil, fmt.Errorf("file descriptor %d is no unix socket", pairFD)
 	}
-	oob := make([]byte, unix.CmsgSpace(4))
-	_, n, _, _, err := pair.ReadMsgUnix(make([]byte, 1), oob)
+	sockets, err := receive(pair, net.FileListener)
+	if err == nil && len(sockets) != 1 {
+		err = fmt.Errorf("%d sockets instead of one", len(sockets))
+	}
 	if err != nil {
 		return nil, nil, err
 	}
-	messages, err := unix.ParseSocketControlMessage(oob[:n])
-	if err != nil || len(messages) != 1 {
-		return nil, nil, fmt.Errorf("%d messages instead of a socket: %w", len(messages), err)
+	return pair, sockets[0], nil
+}
+
+// receive gets the sockets of one message. An error means that no more come; a
+// message that is not as it should be has none.
+func receive[T any](pair *net.UnixConn, open func(*os.File) (T, error)) ([]T, error) {
+	oob := make([]byte, unix.CmsgSpace(2*4))
+	n, m, _, _, err := pair.ReadMsgUnix(make([]byte, 1), oob)
+	if err == nil && n == 0 {
+		err = io.EOF
 	}
-	fds, err := unix.ParseUnixRights(&messages[0])
-	if err != nil || len(fds) != 1 {
-		return nil, nil, fmt.Errorf("%d sockets instead of one: %w", len(fds), err)
+	if err != nil {
+		return nil, err
 	}
-	s := os.NewFile(uintptr(fds[0]), "socket")
-	defer func() { _ = s.Close() }()
-	l, err := net.FileListener(s)
-	return pair, l, err
+	var out []T
+	messages, _ := unix.ParseSocketControlMessage(oob[:m])
+	for _, message := range messages {
+		fds, _ := unix.ParseUnixRights(&message)
+		for _, fd := range fds {
+			f := os.NewFile(uintptr(fd), "socket")
+			if s, err := open(f); err == nil {
+				out = append(out, s)
+			}
+			_ = f.Close()
+		}
+	}
+	return out, nil
 }
 
 // refuse answers all calls until ctx ends or End asks for it.

@@ -24,12 +24,19 @@ func TestMain(m *testing.M) {
 	if os.Getenv(helperEnv) != "" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
-		if err := Serve(ctx); err != nil {
+		if err := Serve(ctx, carry); err != nil {
 			os.Exit(1) //nolint:forbidigo // the main of a program
 		}
 		return
 	}
 	os.Exit(m.Run()) //nolint:forbidigo // the main of the tests
+}
+
+// carry is what Serve does with kept connections here.
+func carry(client, engine net.Conn) {
+	_, _ = io.Copy(client, engine)
+	_ = client.Close()
+	_ = engine.Close()
 }
 
 // start binds a socket and has a stand-in on it.
@@ -174,5 +181,74 @@ func TestTheStandInIsGone(t *testing.T) {
 	}
 	if _, err := os.Lstat(l.Addr().String()); err != nil {
 		t.Errorf("a socket that is served was removed: %v", err)
+	}
+}
+
+// Connections that were given to the stand-in are served while the daemon lives
+// and afterwards, and it ends when the last of them has.
+func TestKept(t *testing.T) {
+	l, p := start(t)
+	pair := func() (inside, outside net.Conn) {
+		t.Helper()
+		back, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unix"})
+		if err == nil {
+			defer func() { _ = back.Close() }()
+			outside, err = net.DialTimeout("unix", back.Addr().String(), limit)
+		}
+		if err == nil {
+			inside, err = back.Accept()
+		}
+		if err == nil {
+			err = outside.SetDeadline(time.Now().Add(10 * time.Second))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = inside.Close(); _ = outside.Close() })
+		return inside, outside
+	}
+	hear := func(client net.Conn, want string) {
+		t.Helper()
+		buf := make([]byte, len(want))
+		if _, err := io.ReadFull(client, buf); err != nil || string(buf) != want {
+			t.Errorf("%q, %v; want %q", buf, err, want)
+		}
+	}
+	type way struct{ client, engine net.Conn } // their ends
+	var ways []way
+	for range 2 {
+		ours, client := pair()
+		back, engine := pair()
+		if err := p.Keep(ours.(*net.UnixConn), back.(*net.UnixConn)); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = ours.Close(), back.Close()
+		if _, err := io.WriteString(engine, "one"); err != nil {
+			t.Fatal(err)
+		}
+		hear(client, "one")
+		ways = append(ways, way{client, engine})
+	}
+	_ = ways[0].engine.Close()
+	if _, err := ways[0].client.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("the engine ended, and the client saw %v", err)
+	}
+	p.Release()
+	_ = l.Close()
+	ask(t, l)
+	if !End(l.Addr().String()) {
+		t.Error("no stand-in was ended")
+	}
+	if _, err := io.WriteString(ways[1].engine, "two"); err != nil {
+		t.Fatal(err)
+	}
+	hear(ways[1].client, "two")
+	if err := p.cmd.Process.Signal(syscall.Signal(0)); err != nil {
+		t.Errorf("it ended before its last connection: %v", err)
+	}
+	_ = ways[1].engine.Close()
+	ended(t, p)
+	if err := p.Keep(l, l); err == nil {
+		t.Error("one that is gone took connections")
 	}
 }

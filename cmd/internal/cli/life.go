@@ -9,6 +9,7 @@ import (
 	"weave.local/cmd/internal/api"
 	"weave.local/cmd/internal/daemon"
 	"weave.local/plugin/standin"
+	"weave.local/proxy"
 )
 
 func lifeCommands(e *env) []*cobra.Command {
@@ -22,7 +23,7 @@ func standInCommand() *cobra.Command {
 		Short:  "Answer Docker while no daemon does; the daemon starts it",
 		Hidden: true,
 		Args:   cobra.NoArgs,
-		RunE:   func(cmd *cobra.Command, _ []string) error { return standin.Serve(cmd.Context()) },
+		RunE:   func(cmd *cobra.Command, _ []string) error { return standin.Serve(cmd.Context(), proxy.Carry) },
 	}
 }
 
@@ -35,7 +36,7 @@ forwards goes on; nothing new is attached and no change of the network is
 followed until the next launch. Where there is Docker a small process stays, the
 stand-in: it tells Docker at once that weave is not running, for which Docker
 would otherwise wait 15 s with each container that starts or stops. 'weave launch'
-and 'weave reset' end it.`,
+and 'weave reset' end it, once nobody waits by the proxy for a container to end.`,
 		Args: quietArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			err := e.client().Stop(cmd.Context(), "/stop", func(warning string) { fmt.Fprintln(e.errOut, "weave: "+warning) })

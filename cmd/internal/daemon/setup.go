@@ -381,7 +381,7 @@ func (d *daemon) openDocker(context.Context) error {
 		Listen: append([]string{"unix://" + d.proxySocket()}, d.cfg.ProxyListen...), Docker: d.docker,
 		Network: d.plugin.Network, DefaultSubnet: d.defaultSubnet(), NoDefaultIPAlloc: d.cfg.NoDefaultIPAlloc || d.alloc == nil,
 		Hostnames: d.cfg.Hostnames, RewriteInspect: d.cfg.RewriteInspect, TLS: secure,
-		Attach: d.attach, Watch: d.watcher, Store: d.store.Bucket("proxy"), Log: d.log.With("part", "proxy"),
+		Attach: d.attach, Watch: d.watcher, Store: d.store.Bucket("proxy"), Keep: d.plugin.Keep, Log: d.log.With("part", "proxy"),
 	})
 	if err != nil {
 		return err

@@ -170,18 +170,35 @@ func WireGuard(ctx context.Context) (path, version string, err error) {
 // compose and buildx, but not runc, of which the machine's does. They are
 // fetched and unpacked once, some 90 MB, into the user's cache.
 func Engine(ctx context.Context, suite string) (string, error) {
+	return unpacked(ctx, filepath.Join("engines", suite), suite,
+		"docker.io", "docker-cli", "containerd", "docker-compose", "docker-buildx")
+}
+
+// Consul returns the path of Consul: the system's, or that of Debian 11, the
+// last one that has it, fetched and unpacked once, some 15 MB, into the user's
+// cache.
+func Consul(ctx context.Context) (string, error) {
+	if path, err := exec.LookPath("consul"); err == nil {
+		return path, nil
+	}
+	dir, err := unpacked(ctx, "consul", "bullseye", "consul")
+	return filepath.Join(dir, "usr/bin/consul"), err
+}
+
+// unpacked returns the folder of that name in the user's cache, in which packages
+// of a release of Debian are unpacked.
+func unpacked(ctx context.Context, name, suite string, packages ...string) (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return "", fmt.Errorf("cache: %w", err)
 	}
-	dir := filepath.Join(cache, "weave-tests", "engines", suite)
+	dir := filepath.Join(cache, "weave-tests", name)
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	cmd := exec.CommandContext(ctx, "bash", "-c", unpack, "unpack", suite, dir,
-		"docker.io", "docker-cli", "containerd", "docker-compose", "docker-buildx")
+	cmd := exec.CommandContext(ctx, "bash", append([]string{"-c", unpack, "unpack", suite, dir}, packages...)...)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("docker of %s: %w: %s", suite, err, strings.TrimSpace(string(out)))
+		return "", fmt.Errorf("%s of %s: %w: %s", packages[0], suite, err, strings.TrimSpace(string(out)))
 	}
 	return dir, nil
 }

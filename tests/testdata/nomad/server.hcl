@@ -1,0 +1,5 @@
+# The one server of a cluster.
+server {
+  enabled          = true
+  bootstrap_expect = 1
+}

@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
-	"strings"
 
 	"weave.local/proxy/docker"
 	"weave.local/router/attach"
@@ -19,9 +18,8 @@ const maxInspect = 16 << 20
 
 // inspectedContainer is the container that a path describes, "" if none.
 func inspectedContainer(path string) string {
-	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
-	if len(parts) == 3 && parts[0] == "containers" && parts[2] == "json" {
-		return parts[1]
+	if kind, id, verb := call(path); kind == "containers" && verb == "json" {
+		return id
 	}
 	return ""
 }

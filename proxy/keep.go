@@ -18,16 +18,12 @@ import (
 // waits says whether a plain head is that of a request to wait for a container.
 // One that says what becomes of its connection is not ours to change.
 func waits(head []byte) bool {
-	first, fields, _ := bytes.Cut(head, []byte("\r\n"))
-	target, ok := bytes.CutPrefix(first, []byte(http.MethodPost+" "))
-	if !ok {
+	method, path, _, fields := cutHead(string(head))
+	if method != http.MethodPost {
 		return false
 	}
-	target, _, _ = bytes.Cut(target, []byte(" "))
-	path, _, _ := strings.Cut(string(target), "?")
-	parts := strings.Split(strings.TrimPrefix(unversioned(path), "/"), "/")
-	return len(parts) == 3 && parts[0] == "containers" && parts[2] == "wait" &&
-		!bytes.Contains(bytes.ToLower(append([]byte("\n"), fields...)), []byte("\nconnection:"))
+	kind, _, verb := call(unversioned(path))
+	return kind == "containers" && verb == "wait" && !strings.Contains(strings.ToLower("\n"+fields), "\nconnection:")
 }
 
 // leaveToKeeper leaves the client's connection, with its request to wait, to the

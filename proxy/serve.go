@@ -19,6 +19,16 @@ func unversioned(path string) string {
 	return "/" + rest
 }
 
+// call takes an unversioned path apart that is /kind/id/verb. Of any other, all
+// is empty.
+func call(path string) (kind, id, verb string) {
+	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
+	if len(parts) != 3 {
+		return "", "", ""
+	}
+	return parts[0], parts[1], parts[2]
+}
+
 // ServeHTTP takes over the calls that are the proxy's and hands on the others.
 func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path := unversioned(r.URL.Path)
@@ -70,16 +80,14 @@ func streams(method, path string) bool {
 	if method != http.MethodPost {
 		return false
 	}
-	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
-	return len(parts) == 3 && (parts[0] == "containers" && parts[2] == "attach" ||
-		parts[0] == "exec" && parts[2] == "start")
+	kind, _, verb := call(path)
+	return kind == "containers" && verb == "attach" || kind == "exec" && verb == "start"
 }
 
 // startedContainer is the container that a path starts or restarts, "" if none.
 func startedContainer(path string) string {
-	parts := strings.Split(strings.TrimPrefix(path, "/"), "/")
-	if len(parts) == 3 && parts[0] == "containers" && (parts[2] == "start" || parts[2] == "restart") {
-		return parts[1]
+	if kind, id, verb := call(path); kind == "containers" && (verb == "start" || verb == "restart") {
+		return id
 	}
 	return ""
 }

@@ -210,6 +210,15 @@ func (f *frontConn) leave(err error) {
 	f.p.spare.want()
 }
 
+// cutHead takes the head of a request apart; path is without a query.
+func cutHead(head string) (method, path, version, fields string) {
+	first, fields, _ := strings.Cut(head, "\r\n")
+	method, target, _ := strings.Cut(first, " ")
+	target, version, _ = strings.Cut(target, " ")
+	path, _, _ = strings.Cut(target, "?")
+	return method, path, version, fields
+}
+
 // plain says whether a head is the whole of one request, one that the server
 // need not see. When in doubt it is not.
 func plain(head []byte, part func(method, path string) bool) bool {
@@ -217,10 +226,7 @@ func plain(head []byte, part func(method, path string) bool) bool {
 	if !ok || rest != "" {
 		return false
 	}
-	first, fields, _ := strings.Cut(text, "\r\n")
-	method, target, _ := strings.Cut(first, " ")
-	target, version, _ := strings.Cut(target, " ")
-	path, _, _ := strings.Cut(target, "?")
+	method, path, version, fields := cutHead(text)
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodDelete:
 	default:

@@ -34,8 +34,6 @@ const (
 	// buffer of 64 KiB, since the kernel joins datagrams of a size.
 	receiveLen = 16
 	receiveBuf = 1 << 16
-	// smallLen is the most bytes of a message that is sent in no time.
-	smallLen = 2 << 10
 )
 
 // sockaddr is an address as the kernel takes it.
@@ -325,7 +323,7 @@ func (s *socket) send(by, n int) (int, error) {
 func (s *socket) trySend(uintptr) {
 	b := &s.out
 	for b.done < b.used {
-		brief := b.used == 1 && b.iov[0].Len <= smallLen
+		brief := b.used == 1 && b.iov[0].Len <= turns.Small
 		r, e := turns.Syscall(brief, unix.SYS_SENDMMSG, uintptr(s.fds[b.lane]), uintptr(unsafe.Pointer(&b.msgs[b.done])),
 			uintptr(b.used-b.done), unix.MSG_DONTWAIT)
 		if e == 0 {

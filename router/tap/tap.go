@@ -43,8 +43,6 @@ const (
 	// counting frameCost more than it has: a super-frame, or 60 small ones.
 	turnLen   = 64 << 10
 	frameCost = 1 << 10
-	// smallLen is the most bytes of a frame that is written in no time.
-	smallLen = 2 << 10
 	// MaxParts bounds the pieces of one frame that WriteFrame takes; the kernel
 	// takes 1024.
 	MaxParts = 258
@@ -300,7 +298,7 @@ func (t *Conn) WriteFrame(parts [][]byte) error {
 
 func (t *Conn) tryWrite(fd uintptr) bool {
 	for {
-		_, t.writErr = turns.Syscall(t.bytes <= smallLen, unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&t.iov[0])), uintptr(t.parts), 0)
+		_, t.writErr = turns.Syscall(t.bytes <= turns.Small, unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&t.iov[0])), uintptr(t.parts), 0)
 		if t.writErr != unix.EINTR {
 			return true
 		}

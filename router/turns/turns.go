@@ -20,6 +20,9 @@ const Max = 64
 // by calls that the runtime is not told of: see Syscall.
 const few = 3
 
+// Small is the most bytes of a frame or message that is written in no time.
+const Small = 2 << 10
+
 // Outcome is what became of an attempt to read.
 type Outcome int
 

@@ -20,25 +20,23 @@ const resolveWait = 5 * time.Second
 // if there are any: the others may do so later and are not waited for. The
 // error, of one line, names those that are wrong. Port is the default one.
 func Resolve(ctx context.Context, targets []string, port uint16) error {
-	var malformed []error
-	for _, t := range targets {
-		if _, _, err := Split(t, port); err != nil {
-			malformed = append(malformed, err)
-		}
-	}
+	malformed := slices.ContainsFunc(targets, func(t string) bool {
+		_, _, err := Split(t, port)
+		return err != nil
+	})
 	ctx, enough := context.WithCancel(ctx)
 	defer enough()
 	var asked sync.WaitGroup
 	lost := make([]error, len(targets))
 	for i, t := range targets {
 		asked.Go(func() {
-			if lost[i] = Check(ctx, t, port); lost[i] == nil && len(malformed) == 0 {
+			if lost[i] = Check(ctx, t, port); lost[i] == nil && !malformed {
 				enough()
 			}
 		})
 	}
 	asked.Wait()
-	if len(malformed) == 0 && (len(targets) == 0 || slices.Contains(lost, nil)) {
+	if !malformed && (len(targets) == 0 || slices.Contains(lost, nil)) {
 		return nil
 	}
 	return OneLine(lost)

@@ -181,14 +181,23 @@ func TestPasswordChange(t *testing.T) {
 	})
 }
 
+// outdated are two peers with a link whose password is good no more at the first,
+// and since when about.
+func outdated(t *testing.T) (a, b *node, since time.Time) {
+	t.Helper()
+	h := newHosts(t)
+	a = h.start(1, nil, password(t, "x"))
+	b = h.start(2, []peer.Name{1}, password(t, "x"))
+	until(t, "link", 5*time.Second, meshed(1, a, b))
+	since = time.Now()
+	a.SetKeys([]*seal.Key{key(t, "y")})
+	return a, b, since
+}
+
 // A link whose password is good no more ends, when the other end has no other.
 func TestPasswordNoMore(t *testing.T) {
 	t.Parallel()
-	h := newHosts(t)
-	a := h.start(1, nil, password(t, "x"))
-	b := h.start(2, []peer.Name{1}, password(t, "x"))
-	until(t, "link", 5*time.Second, meshed(1, a, b))
-	a.SetKeys([]*seal.Key{key(t, "y")})
+	a, b, _ := outdated(t)
 	until(t, "end of the link", 2*outdatedWait, func() bool { return len(a.Neighbours()) == 0 && len(b.Neighbours()) == 0 })
 	until(t, "exclusion", 5*time.Second, func() bool { return slices.Equal(a.TakeExcluded(), []peer.Name{2}) })
 	if len(b.TakeExcluded()) != 0 {
@@ -201,12 +210,7 @@ func TestPasswordNoMore(t *testing.T) {
 // has a newer one already: nobody is excluded then, unless no link is made.
 func TestClosedBeforeItsPasswordEnds(t *testing.T) {
 	t.Parallel()
-	h := newHosts(t)
-	a := h.start(1, nil, password(t, "x"))
-	b := h.start(2, []peer.Name{1}, password(t, "x"))
-	until(t, "link", 5*time.Second, meshed(1, a, b))
-	begin := time.Now()
-	a.SetKeys([]*seal.Key{key(t, "y")})
+	a, b, begin := outdated(t)
 	b.mu.Lock()
 	b.links[1].stop(errors.New("closed by the test"))
 	b.mu.Unlock()
